@@ -1,0 +1,16 @@
+# Conveniences; README gives the same lines without make. VENV=DIR names another environment.
+VENV ?= .venv
+export VENV
+
+.PHONY: demo test quick lint demo_base
+demo:  ## the built-in task: a vision-language model learns to find buttons, about a minute
+	@python=$$(sh .ci/python requirements.txt) && $$python train.py
+
+test:  ## every test
+	@python=$$(sh .ci/python requirements-dev.txt) && $$python -m pytest -n 2 --durations=5
+
+quick:  ## the tests that take no training run, within a minute
+	@python=$$(sh .ci/python requirements-dev.txt) && $$python -m pytest -n 2 -m "not slow"
+
+lint:
+	@python=$$(sh .ci/python requirements-dev.txt) && $$python -m ruff check .

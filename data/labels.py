@@ -1,0 +1,145 @@
+"""The label masker: text pieces -> input_ids and labels, made by the same call so that they cannot drift apart.
+
+A conversation is rendered by the model's own chat template and cut at the assistant turns; every piece is tokenized by
+itself, the response pieces (stop token included) carry labels, all else is -100. Prompt and response are cut only at
+special tokens, where separate and joint tokenization meet, and generation feeds the very ids that training put before
+the answer. Words in a user's text that spell a special token stay text: they are marked before the template sees them,
+so a special token in the rendered text can only come from the template.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+NO_LOSS = -100
+MARKS = [chr(point) for point in range(0xFDD0, 0xFDF0)]  # Unicode noncharacters: never in honest text
+
+
+@dataclass
+class Example:
+    """One row as the network takes it: T positions, pictures' included.
+
+    labels belong to the token of the same place (unshifted), -100 where there is no loss; weights scale the loss of a
+    token; positions are (T,) or (3, T), as the family counts them; an image span is the [start, end) of one picture.
+    """
+
+    input_ids: "torch.Tensor"  # (T,)
+    labels: "torch.Tensor"  # (T,)
+    pixels: dict[str, "torch.Tensor"] = field(default_factory=dict)
+    image_spans: list[tuple[int, int]] = field(default_factory=list)
+    positions: "torch.Tensor | None" = None
+    weights: "torch.Tensor | None" = None  # (T,) float
+    id: str = ""
+    where: str = ""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens that carry a loss; the first position has nothing before it to be predicted from."""
+        return int((self.labels[1:] != NO_LOSS).sum())
+
+    @property
+    def supervised_weight(self) -> float:
+        """The sum of the supervised tokens' weights."""
+        if self.weights is None:
+            return float(self.num_supervised)
+        return float(self.weights[1:][self.labels[1:] != NO_LOSS].sum())
+
+
+@dataclass
+class Piece:
+    """A run of rendered text that is tokenized by itself; trained pieces carry labels."""
+
+    text: str
+    trained: bool = False
+
+
+class PieceTokenizer:
+    """Tokenizes pieces: the template's special tokens become their ids, everything else is plain text."""
+
+    def __init__(self, backend):
+        """backend is a tokenizers.Tokenizer; it is copied, because it is switched to take special tokens as text."""
+        self.backend = type(backend).from_str(backend.to_str())
+        self.backend.encode_special_tokens = True
+        self.special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
+        self.pattern = re.compile("(" + "|".join(longest_first) + ")") if longest_first else re.compile(r"(?!)")
+
+    def mark(self, value: Any) -> tuple[Any, str]:
+        """(value, mark): every special token that a string inside value spells is split by the mark character."""
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        mark = next(m for m in MARKS if m not in text)
+
+        def walk(node: Any) -> Any:
+            if isinstance(node, str):
+                return self.pattern.sub(lambda found: found[0][0] + mark + found[0][1:], node)
+            if isinstance(node, list):
+                return [walk(item) for item in node]
+            if isinstance(node, dict):
+                return {walk(key): walk(item) for key, item in node.items()}
+            return node
+
+        return walk(value), mark
+
+    def ids(self, text: str, mark: str = "") -> list[int]:
+        """Token ids of rendered text; unmarked special tokens are the template's own."""
+        ids: list[int] = []
+        for part in self.pattern.split(text):
+            if part in self.special:
+                ids.append(self.special[part])
+            elif part:
+                ids += self.backend.encode(part.replace(mark, "") if mark else part, add_special_tokens=False).ids
+        return ids
+
+
+def cut_turns(text: str, header: str, stop: str) -> list[Piece]:
+    """Cut rendered text into prompt and response pieces: a response runs from after `header` through `stop`.
+
+    A text that ends inside a response (a prompt for generation) ends with that piece, without a stop.
+    """
+    pieces, place = [], 0
+    while (start := text.find(header, place)) >= 0:
+        start += len(header)
+        end = text.find(stop, start)
+        end = len(text) if end < 0 else end + len(stop)
+        pieces += [Piece(text[place:start]), Piece(text[start:end], trained=True)]
+        place = end
+    return pieces + ([Piece(text[place:])] if place < len(text) else [])
+
+
+def mask(pieces: Iterable[tuple[list[int], bool]]) -> tuple[list[int], list[int]]:
+    """(ids, trained) pieces -> (input_ids, labels); the one place where labels are made."""
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for ids, trained in pieces:
+        input_ids += ids
+        labels += ids if trained else [NO_LOSS] * len(ids)
+    return input_ids, labels
+
+
+def explain(example: Example, tokenizer, colour: bool = True) -> str:
+    """The example as text: supervised tokens green (or in [[ ]]), pictures as <N picture positions>."""
+    opening, closing = ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]")
+    pictures = {start: end for start, end in example.image_spans}
+    ids, labels = example.input_ids.tolist(), example.labels.tolist()
+    text, place = [], 0
+    while place < len(ids):
+        if place in pictures:
+            text.append(f"<{pictures[place] - place} picture positions>")
+            place = pictures[place]
+            continue
+        trained = labels[place] != NO_LOSS
+        end = place + 1
+        while end < len(ids) and end not in pictures and (labels[end] != NO_LOSS) == trained:
+            end += 1
+        run = tokenizer.decode(ids[place:end], skip_special_tokens=False)
+        text.append(opening + run + closing if trained else run)
+        place = end
+    return "".join(text)

@@ -1,0 +1,110 @@
+"""Attention over a packed row: every segment attends to itself alone.
+
+A micro-batch is one row of T tokens that holds several examples end to end. transformers' own packed path builds a
+dense T x T mask and leaks between examples in four ways; here the boundaries are explicit. The function is registered
+with transformers' attention interface under the name "packed", so that its networks run packed rows unchanged: the
+segment lengths travel through the model's keyword arguments. On a card with flash attention one varlen kernel does the
+row; elsewhere runs of equally long segments go through one batched SDPA call each (a vision tower's windows are such
+a run). Costs sum(length^2) instead of T^2.
+"""
+
+import functools
+from itertools import groupby
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+
+def segment_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[int],
+    *,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+    prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention inside each segment of a packed row.
+
+    query is (H, T, K), key and value (Hkv, T, K) with Hkv dividing H; the lengths add up to T. window limits a causal
+    query to the last `window` keys, itself included. prefix is a (keys, values) pair of (Hkv, P, K) that every query
+    of every segment sees first (prefix tuning). Returns (T, H, K).
+    """
+    plain = window is None and prefix is None and dropout == 0.0
+    if plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_kernel() is not None:
+        return varlen(query, key, value, lengths, causal, scale)
+    rows, start = [], 0
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        piece = slice(start, start + count * length)
+        start = piece.stop
+        q, k, v = (x[:, piece].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))  # (n, H, L, K)
+        if prefix is not None:
+            k, v = (torch.cat([p.to(x).expand(count, -1, -1, -1), x], 2) for p, x in zip(prefix, (k, v), strict=True))
+        mask = causal_mask(length, k.shape[2], window, q.device) if causal and needs_mask(length, window, prefix) else None
+        out = sdpa(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # (n, H, L, K)
+        rows.append(out.permute(0, 2, 1, 3).flatten(0, 1))  # (n * L, H, K)
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def needs_mask(length: int, window: int | None, prefix: object) -> bool:
+    """Whether a causal segment needs an explicit mask (SDPA's own flag means: square and unlimited)."""
+    return prefix is not None or (window is not None and length > window)
+
+
+def causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """(Lq, Lk) True where a query may look: at keys up to its own place, the queries being the last Lq places."""
+    place = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]  # (Lq, 1)
+    keys = torch.arange(num_keys, device=device)[None]  # (1, Lk)
+    seen = keys <= place
+    return seen & (keys > place - window) if window else seen
+
+
+@functools.cache
+def varlen_kernel():
+    """torch's varlen attention with the signature of 2.13, or None: other releases name its arguments otherwise."""
+    try:
+        import inspect
+
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    names = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"window_size", "scale", "enable_gqa"} <= set(names) else None
+
+
+def varlen(query, key, value, lengths: list[int], causal: bool, scale: float) -> torch.Tensor:
+    """One flash kernel over the whole row; the same shapes as segment_attention."""
+    ends = torch.tensor([0, *lengths], device=query.device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    q, k, v = (x.transpose(0, 1).contiguous() for x in (query, key, value))  # (T, H, K)
+    longest = max(lengths)
+    return varlen_kernel()(
+        q, k, v, ends, ends, longest, longest, scale=scale, window_size=(-1, 0) if causal else (-1, -1),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, lengths=None, **kwargs):
+    """The form that transformers calls: query (1, H, T, K) -> ((1, T, H, K), None)."""
+    prefix = kwargs["prefix"][module.layer_idx] if kwargs.get("prefix") is not None else None
+    out = segment_attention(
+        query[0], key[0], value[0], lengths, causal=module.is_causal, scale=scaling or query.shape[-1] ** -0.5,
+        window=kwargs.get("sliding_window"), prefix=prefix, dropout=dropout,
+    )
+    return out[None], None
+
+
+def no_mask(*args, **kwargs) -> None:
+    """The packed function knows its segments, so transformers need not build any mask."""
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", no_mask)

@@ -1,0 +1,38 @@
+"""The output head, applied only where a token is supervised, a few hundred positions at a time.
+
+Logits are the largest tensor of a small model's step (2,048 positions x 151,936 words x 4 bytes = 1.2 GiB, twice more
+in backward). Prompts and pictures need none, and a chunk's logits can be made again in backward: then the head's memory
+is one chunk whatever the row's length, for one extra matrix product. Everything from the logits on is fp32: torch's own
+fused F.linear_cross_entropy reports a bf16 loss.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from model.checkpointing import checkpoint
+
+CHUNK_BYTES = 128 * 2**20  # fp32 logits of one chunk: about 220 positions of Qwen's 151,936 words
+
+
+def per_token(
+    hidden: torch.Tensor, weight: torch.Tensor, function: Callable[..., torch.Tensor], where: torch.Tensor, *extra: torch.Tensor
+) -> torch.Tensor:
+    """function(logits, *extra) at the positions `where`, without ever holding all logits.
+
+    hidden (T, D); weight (V, D) of the head; where (n,) indices into T; each extra tensor (n, ...) is cut along with
+    the positions. function maps (c, V) fp32 logits and its part of the extras to one value per position. Returns (n,).
+    """
+    size = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+
+    def values(rows: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+        return function(F.linear(rows, weight.to(rows.dtype)).float(), *parts)
+
+    chunks = zip(hidden[where].split(size), *(x.split(size) for x in extra), strict=True)
+    return torch.cat([checkpoint(values, *chunk) for chunk in chunks])  # (n,)
+
+
+def negative_log_likelihood(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """-log softmax(logits)[target] of each position: (c, V), (c,) -> (c,), in fp32."""
+    return F.cross_entropy(logits, target, reduction="none")

@@ -1,0 +1,124 @@
+"""From a checkpoint folder to a network and back: meta device, stream, place; nothing is in memory twice."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data.errors import UserError
+from model.attention import AttentionInterface  # noqa: F401 - registers "packed"
+from model.family import Family, Model, Options, find_family
+from model.quantize import QUANTS, is_quantized, quantize_linears, quantized_weight
+from model.shards import INDEX, SINGLE, Shards, plan_shards, write_shards
+
+
+def load(folder: Path, quant: str | None, dtype, device, options: Options | None) -> tuple[Model, Family]:
+    """See model.load_model."""
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    device = torch.device(device)
+    family = find_family(folder, options)
+    net = build_on_meta(family)
+    if quant is not None:
+        if quant not in QUANTS:
+            raise UserError(f"quant {quant!r}: must be one of {', '.join(QUANTS)}, or None")
+        quantize_linears(net, quantized_names(family, net), quant, dtype)
+    fill(net, family, Shards(folder), dtype, device)
+    for module in net.modules():  # rotary tables and the like; they stay fp32 whatever the model's dtype
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return Model(net, family).eval(), family
+
+
+def build_on_meta(family: Family) -> nn.Module:
+    """The network with parameters on meta (they cost nothing) and real buffers (they are in no checkpoint)."""
+    try:
+        with torch.device("meta"):
+            net = family.build()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{family.folder}/config.json: transformers cannot build this model from it ({error})") from None
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            if any(buffer.is_meta for buffer in child.buffers(recurse=False)):
+                setattr(parent, name, type(child)(child.config))  # a rotary table: computed anew, outside of meta
+    net.set_attn_implementation("packed")
+    return net
+
+
+def quantized_names(family: Family, net: nn.Module) -> list[str]:
+    """Linear layers of the parts that the family quantises; the head and the embeddings stay 16-bit."""
+    head = net.get_output_embeddings()
+    return [
+        name
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and family.part_of(name) in family.quantized_parts
+    ]
+
+
+def expected_tensors(family: Family, net: nn.Module) -> dict[str, torch.Size]:
+    """Tensor name in the checkpoint -> shape, for every parameter (a tied head is none of its own)."""
+    tied = is_tied(net)
+    head = next(n for n, m in net.named_modules() if m is net.get_output_embeddings())
+    parameters = net.named_parameters(remove_duplicate=False)
+    return {family.tensor_name(n): p.shape for n, p in parameters if not (tied and n == f"{head}.weight")}
+
+
+def is_tied(net: nn.Module) -> bool:
+    """Whether the output head is the input embedding."""
+    config = net.config
+    return bool(getattr(config, "tie_word_embeddings", False) or getattr(config.get_text_config(), "tie_word_embeddings", False))
+
+
+def fill(net: nn.Module, family: Family, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
+    """Put every tensor of the checkpoint in its place. Raises UserError for what is missing, too many or misshapen."""
+    wanted = expected_tensors(family, net)
+    found = shards.shapes()
+    if is_tied(net):
+        found.pop("lm_head.weight", None)  # some writers store the tied head as well
+    refuse_differences(shards.folder, wanted, found)
+    with torch.no_grad():
+        for name, tensor in shards.stream(only=set(wanted)):
+            module_name, _, leaf = family.module_name(name).rpartition(".")
+            module = net.get_submodule(module_name)
+            if is_quantized(module) and leaf == "weight":
+                module.weight = quantized_weight(module, tensor, device)
+            else:
+                trainable = tensor.is_floating_point() and not is_quantized(module)
+                setattr(module, leaf, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=trainable))
+    if is_tied(net):
+        net.get_output_embeddings().weight = net.get_input_embeddings().weight
+
+
+def refuse_differences(folder: Path, wanted: dict, found: dict) -> None:
+    """UserError that names the tensors which a checkpoint lacks, has too many, or has in another shape."""
+    missing = [n for n in wanted if n not in found]
+    unexpected = [n for n in found if n not in wanted]
+    misshapen = [f"{n} is {tuple(found[n])}, config.json says {tuple(wanted[n])}" for n in wanted if n in found and found[n] != wanted[n]]
+    for what, names in (("lacks", missing), ("has unexpected", unexpected), ("has misshapen", misshapen)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(f"{folder}: the checkpoint {what} tensors: {'; '.join(names[:3])}{more}; is config.json of this model?")
+
+
+def save(model: Model, folder: Path) -> None:
+    """See model.save_model."""
+    net, family = model.net, model.family
+    if any(is_quantized(m) for m in net.modules()):
+        raise UserError("a quantised model is not saved whole; save its adapter and merge it into the 16-bit base (python -m lora merge)")
+    named = dict(net.named_parameters(remove_duplicate=False))
+    order = list(expected_tensors(family, net))
+    plan = plan_shards({n: named[family.module_name(n)].numel() * named[family.module_name(n)].element_size() for n in order})
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_companions(family.folder, folder)
+    write_shards(folder, ((n, named[family.module_name(n)].detach().cpu()) for n in order), plan)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy every file of a model folder that is not weights, byte for byte: config, tokenizer, processor, licence."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth", ".gguf") and path.name != INDEX:
+            shutil.copyfile(path, target / path.name)
+
+
+__all__ = ["load", "save", "fill", "build_on_meta", "expected_tensors", "copy_companions", "is_tied", "INDEX", "SINGLE"]

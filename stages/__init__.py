@@ -1,0 +1,22 @@
+"""Training objectives, one file each, found by listing this folder.
+
+A stage file defines `Flags`, a dataclass of its own settings (they appear in --help and are refused with other stages),
+and `Stage`:
+
+    Stage(flags, family)            made once, before the data is read
+    encode(record) -> example       what one row becomes; runs in worker processes
+    denominator(examples) -> float  what the loss of a whole optimizer step is divided by, counted before its first forward
+    pack(examples, micro_tokens)    the step cut into packed rows
+    loss(model, packed, total) -> (sum of losses / total, statistics)
+
+Adding a stage edits nothing else. Stage files import nothing heavy at their top, so that --help answers at once.
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+
+def list_stages() -> dict[str, ModuleType]:
+    """Stage name -> its module."""
+    return {info.name: importlib.import_module(f"stages.{info.name}") for info in pkgutil.iter_modules(__path__)}

@@ -1,0 +1,18 @@
+"""Shared by all tests: where the references lie, and one thread so that figures repeat."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+REFERENCE = Path(os.environ.get("REFERENCE", SHARED / "reference"))
+
+
+def shared(path: str) -> Path:
+    """A file or folder of the material that lies beside the project; skips the test where it is absent."""
+    found = SHARED / path
+    if not found.exists():
+        pytest.skip(f"{path} of the shared material is not on this machine")
+    return found

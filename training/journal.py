@@ -1,0 +1,148 @@
+"""The run's diary: journal.jsonl on disk, one line a step on screen.
+
+Every step is one JSON object, appended and flushed before the next step begins, so that a killed run has told
+everything up to its last step and `tail -f` works. Resuming at step k drops what came after k (atomically): the
+file always tells one story, without repeated steps. The report is made from this file, hence no logger service is
+needed; wandb and tensorboard are there for those who ask (--report_to). Costs about 50 microseconds a step.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data.errors import UserError
+
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no such numbers: written as strings
+
+
+def _to_json(value: Any) -> Any:
+    """The value with every non-finite float as "nan", "inf" or "-inf", inside lists and dicts too."""
+    if isinstance(value, dict):
+        return {key: _to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(record: dict) -> str:
+    return json.dumps(_to_json(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_journal(path: str | Path) -> list[dict]:
+    """The records of a journal, non-finite numbers as floats again; [] if the file does not exist.
+
+    A power cut can tear the last line; it is left out. Any other broken line is a UserError with file:line.
+    """
+    path = Path(path)
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:  # UnicodeDecodeError is one too
+            if number == len(lines):
+                break
+            raise UserError(f"{path}:{number} is not JSON, so this journal was changed by something else; "
+                            "repair or remove that line.") from None
+        records.append({key: NON_FINITE.get(value, value) if isinstance(value, str) else value
+                        for key, value in record.items()})
+    return records
+
+
+class Journal:
+    """journal.jsonl of an output folder, the status line, and the loggers of --report_to.
+
+    step is the step that the run stands at: 0 begins a new file, k > 0 continues an old one after its step k and
+    notes {"event": "resume", "step": k}. Raises UserError if a logger's package is missing.
+    """
+
+    def __init__(self, folder: str | Path, last_step: int, step: int = 0, logging_steps: int = 1,
+                 report_to: str = "none"):
+        self.path = Path(folder) / "journal.jsonl"
+        self.last_step, self.logging_steps = last_step, logging_steps
+        self.seconds_per_step = 0.0  # running mean of this session, for the time that is left
+        self.loggers = [] if report_to == "none" else [open_logger(name, folder) for name in report_to.split(",")]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [record for record in read_journal(self.path) if record["step"] <= step] if step else []
+        temporary = self.path.with_suffix(".jsonl.tmp")
+        temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
+        os.replace(temporary, self.path)
+        self.file = open(self.path, "a", encoding="utf-8")
+        self.bar = tqdm(total=last_step, initial=step, unit="step", leave=False, disable=None)  # None: terminals only
+        if step:
+            self.event("resume", step)
+
+    def step(self, step: int, *, epoch: float, loss: float, lr: float, grad_norm: float, supervised_tokens: int,
+             seconds: float, data_wait: float, memory: float, rows: list[str] | None = None,
+             **statistics: float) -> None:
+        """Write one step down. seconds = wall time of the whole step, data_wait (seconds) included; memory = peak GiB.
+
+        rows: the row ids of a step whose update was skipped. statistics: figures of the stage; those named
+        *_seconds are shares of `seconds` and become the report's picture of where the time went.
+        """
+        record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "supervised_tokens": supervised_tokens,
+                  "seconds": seconds, "data_wait": data_wait, "memory": memory, **statistics}
+        if rows is not None:
+            record["rows"] = rows
+        self._write(record)
+        self.seconds_per_step = 0.9 * self.seconds_per_step + 0.1 * seconds if self.seconds_per_step else seconds
+        self.bar.update()
+        if step % self.logging_steps == 0 or step == self.last_step or rows is not None:
+            tqdm.write(self._status(record, epoch, statistics))
+
+    def event(self, event: str, step: int, **values: Any) -> None:
+        """Write down something that is not a step: evaluation, commit, resume; values must not hold a `loss`."""
+        self._write({"event": event, "step": step, **values})
+        os.fsync(self.file.fileno())  # events are rare, and a commit's record should survive what the commit survives
+
+    def _write(self, record: dict) -> None:
+        self.file.write(_line(record))
+        self.file.flush()
+        for log, _ in self.loggers:
+            log(record)
+
+    def _status(self, record: dict, epoch: float, statistics: dict[str, float]) -> str:
+        left = int(self.seconds_per_step * (self.last_step - record["step"]))
+        width = len(str(self.last_step))
+        line = (f"step {record['step']:{width}d}/{self.last_step}  epoch {epoch:.2f}  loss {record['loss']:.4f}  "
+                f"lr {record['lr']:.2e}  norm {record['grad_norm']:.3f}  "
+                f"{record['supervised_tokens'] / max(record['seconds'], 1e-9):.0f} tok/s  {record['memory']:.2f} GiB  "
+                f"wait {record['data_wait']:.2f} s  eta {tqdm.format_interval(left)}")
+        shown = [f"{key} {value:.4g}" for key, value in statistics.items() if not key.endswith("_seconds")]
+        return "  ".join([line, *shown] + (["SKIPPED"] if "rows" in record else []))
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        for _, close in self.loggers:
+            close()
+
+
+def open_logger(name: str, folder: str | Path) -> tuple[Callable[[dict], None], Callable[[], None]]:
+    """(log a record, close) of wandb or tensorboard; UserError for another name or a package that is not installed."""
+    folder = Path(folder)
+    try:
+        if name == "wandb":
+            import wandb
+            run = wandb.init(dir=str(folder), name=folder.name)
+            return lambda record: run.log(_numbers(record)), run.finish
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(str(folder / "tensorboard"))
+
+            def log(record: dict) -> None:
+                for key, value in _numbers(record).items():
+                    writer.add_scalar(key, value, record["step"])
+            return log, writer.close
+    except ImportError:
+        raise UserError(f"--report_to {name} needs a package that is not installed: pip install {name}.") from None
+    raise UserError(f"--report_to {name} is none of none, tensorboard, wandb.")
+
+
+def _numbers(record: dict) -> dict[str, float]:
+    return {key: value for key, value in record.items() if isinstance(value, int | float)}
