@@ -131,6 +131,7 @@ class Batches:
             collate_fn=list,
             num_workers=self.num_workers,
             prefetch_factor=4 if self.num_workers else None,
+            generator=torch.Generator(),  # the loader draws a seed for its workers: not from the run's random state
         )
         return iter(loader)
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 224                                        # pixels of a screen, both ways
 CELL = 56                                         # pixels; one merged vision token of the built-in base is CELL x CELL
-BUTTON_HEIGHT = 24
+BUTTON_WIDTH, BUTTON_HEIGHT = 52, 24
 FONT_SIZE = 13
 KNOWN_WORDS = ("Save Open Close Print Copy Paste Undo Redo Send Reply Search Help Next Back Start Stop "
                "Login Share Edit View").split()
@@ -31,11 +31,13 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of screen: its words, the corners (x, y) where a button's cell may start, how many buttons."""
+    """One kind of screen: its words, the corners (x, y) where a button's cell may start, how many buttons and fields."""
     words: list[str]
     corners: list[tuple[int, int]]
     num_buttons: tuple[int, int]
     num_fields: tuple[int, int] = (0, 1)
+    side: int = SIDE                              # pixels; the pictures of lessons are pieces of a screen, without a window
+    reading: float = 0.5                          # the share of buttons whose text is asked for instead of their place
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ COARSE = [(x, y) for y in range(CELL, SIDE, CELL) for x in range(0, SIDE, CELL)]
 FINE = [(x, y) for y in range(CELL // 2, SIDE, CELL // 2) for x in range(0, SIDE - CELL // 2, CELL // 2)]
 BASE = Task(KNOWN_WORDS, COARSE, num_buttons=(2, 5))
 TASKS = {
-    "single": replace(BASE, num_buttons=(1, 1), num_fields=(0, 0)),     # the lessons that lead to the base, in order
-    "pair": replace(BASE, num_buttons=(1, 2)),
+    # the lessons that lead to the base, in order: one cell to read, four cells, twelve of a whole screen
+    "cell": replace(BASE, corners=[(0, 0)], num_buttons=(1, 1), num_fields=(0, 0), side=CELL, reading=1.0),
+    "piece": replace(BASE, corners=[(0, 0), (CELL, 0), (0, CELL), (CELL, CELL)], num_buttons=(1, 3), side=2 * CELL),
     "base": BASE,
     "new": Task(OTHER_WORDS, [corner for corner in FINE if corner not in COARSE], num_buttons=(2, 4)),
 }
@@ -59,36 +62,37 @@ TASKS = {
 
 def draw_screen(task: Task, source: random.Random) -> Screen:
     """Draw one screen; every choice comes from `source`."""
-    picture = draw_wallpaper(source)
+    picture = draw_wallpaper(task.side, source)
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(FONT_SIZE)
-    bar = source.choice(COLOURS)
-    draw.rectangle((3, 4, SIDE - 4, SIDE - 3), outline=bar)
-    draw.rectangle((3, 4, SIDE - 4, 22), fill=bar)
-    draw.text((10, 13), source.choice(TITLES), fill="white", font=font, anchor="lm")
+    if task.side == SIDE:
+        bar = source.choice(COLOURS)
+        draw.rectangle((3, 4, SIDE - 4, SIDE - 3), outline=bar)
+        draw.rectangle((3, 4, SIDE - 4, 22), fill=bar)
+        draw.text((10, 13), source.choice(TITLES), fill="white", font=font, anchor="lm")
     num_buttons, num_fields = source.randint(*task.num_buttons), source.randint(*task.num_fields)
     corners = choose_corners(task.corners, num_buttons + num_fields, source)
     buttons, fields = [], []
     for text, corner in zip(source.sample(task.words, num_buttons), corners):
-        box = box_of(text, corner, font)
+        box = box_at(corner)
         draw.rounded_rectangle(box, radius=4, fill=source.choice(COLOURS))
         draw.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), text, fill="white", font=font, anchor="mm")
         buttons.append((text, box))
     for text, corner in zip(source.sample(FIELD_WORDS, num_fields), corners[num_buttons:]):
-        box = box_of(text, corner, font)
+        box = box_at(corner)
         draw.rectangle(box, fill="white", outline=(90, 90, 90))
         draw.text((box[0] + 4, (box[1] + box[3]) / 2), text, fill="black", font=font, anchor="lm")
         fields.append((text, box))
     return Screen(picture, buttons, fields)
 
 
-def draw_wallpaper(source: random.Random) -> Image.Image:
+def draw_wallpaper(side: int, source: random.Random) -> Image.Image:
     """A colour gradient: red grows to the right, blue grows downwards, from a tint drawn at random."""
-    ramp = Image.linear_gradient("L").resize((SIDE, SIDE))
+    ramp = Image.linear_gradient("L").resize((side, side))
     low = [source.randint(90, 130) for _ in range(3)]
     down = ramp.point(lambda level: low[2] + level * 100 // 255)
     right = ramp.rotate(90).point(lambda level: low[0] + level * 100 // 255)
-    return Image.merge("RGB", (right, Image.new("L", (SIDE, SIDE), low[1] + 40), down))
+    return Image.merge("RGB", (right, Image.new("L", (side, side), low[1] + 40), down))
 
 
 def choose_corners(corners: list[tuple[int, int]], count: int, source: random.Random) -> list[tuple[int, int]]:
@@ -100,11 +104,10 @@ def choose_corners(corners: list[tuple[int, int]], count: int, source: random.Ra
     return chosen[:count]
 
 
-def box_of(text: str, corner: tuple[int, int], font: ImageFont.FreeTypeFont) -> Box:
-    """The box of a button or field: as wide as its text needs, in the middle of the upper half of its cell."""
-    width = round(font.getlength(text)) + 10
-    left, top = corner[0] + (CELL - width) // 2, corner[1] + 2
-    return left, top, left + width, top + BUTTON_HEIGHT
+def box_at(corner: tuple[int, int]) -> Box:
+    """The box of a button or field in the cell at `corner`; all have one size, so that no box gives its text away."""
+    left, top = corner[0] + 2, corner[1] + 2
+    return left, top, left + BUTTON_WIDTH, top + BUTTON_HEIGHT
 
 
 def box_text(box: Box) -> str:
@@ -119,10 +122,10 @@ def ask_text(box: Box) -> str:
     return f"what is written at {box_text(box)}?"
 
 
-def questions(screen: Screen, source: random.Random) -> list[tuple[str, str]]:
+def questions(screen: Screen, reading: float, source: random.Random) -> list[tuple[str, str]]:
     """(question, answer) pairs in random order. Each button is either asked for by its name or has its text asked for,
     never both, so that no answer gives another one away; of a text field the text is asked for."""
-    asked = [(ask_where(word), box_text(box)) if source.random() < 0.5 else (ask_text(box), word)
+    asked = [(ask_where(word), box_text(box)) if source.random() >= reading else (ask_text(box), word)
              for word, box in screen.buttons]
     asked += [(ask_text(box), text) for text, box in screen.fields]
     return source.sample(asked, len(asked))
@@ -144,7 +147,7 @@ def make_rows(folder: str | Path, task: str, count: int, seed: int = 0, split: s
             image = f"images/{number:05d}.png"
             screen.picture.save(folder / image)
             if split == "train":
-                asked = questions(screen, source)
+                asked = questions(screen, TASKS[task].reading, source)
             else:
                 asked = [(ask_where(screen.buttons[0][0]), box_text(screen.buttons[0][1]))]
             row = {"id": f"{task}-{split}-{seed}-{number:05d}", "messages": messages_of(image, asked)}

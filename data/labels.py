@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from data.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -75,7 +77,9 @@ class PieceTokenizer:
     def mark(self, value: Any) -> tuple[Any, str]:
         """(value, mark): every special token that a string inside value spells is split by the mark character."""
         text = json.dumps(value, ensure_ascii=False, default=str)
-        mark = next(m for m in MARKS if m not in text)
+        mark = next((m for m in MARKS if m not in text), None)
+        if mark is None:
+            raise UserError("the row holds every Unicode noncharacter from U+FDD0 to U+FDEF; remove one of them")
 
         def walk(node: Any) -> Any:
             if isinstance(node, str):

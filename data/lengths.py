@@ -19,12 +19,18 @@ Count = Callable[[Record], tuple[int, int]]  # record -> (text, picture) positio
 
 @dataclass
 class Lengths:
-    """Which rows fit, and the longest of them: `longest` positions, rows of it first in `longest_rows`."""
+    """Rows by number: `kept` fit, `longest_rows` are the longest of them (the first has `longest` positions).
 
-    kept: list[int]
-    longest: int
-    longest_rows: list[int]
+    bad: refused rows in the form of bad_rows.jsonl. longest_refused: positions of the longest of them. picture_room: the
+    fewest positions that a refused row has left for each of its pictures.
+    """
+
+    kept: list[int] = field(default_factory=list)
+    longest: int = 0
+    longest_rows: list[int] = field(default_factory=list)
     bad: list[dict] = field(default_factory=list)
+    longest_refused: int = 0
+    picture_room: float = float("inf")
 
 
 def measure(
@@ -32,27 +38,30 @@ def measure(
 ) -> Lengths:
     """Count the rows that may exceed `limit` positions (or `text_limit` of text), and the longest of the rest.
 
-    picture_positions(width, height) is the family's. Refused rows are in `.bad`, in the contract's form.
+    picture_positions(width, height) is the family's. Raises UserError for a row that cannot be rendered.
     """
     pictures = [sum(picture_positions(w, h) for w, h in sizes) for sizes in records.image_sizes]
-    text = list(records.text_bytes)
-    kept, bad = [], []
-    for index in range(len(records)):
-        most_text = text[index] + TEMPLATE_BYTES
+    found = Lengths()
+    for index, text_bytes in enumerate(records.text_bytes):
+        most_text = text_bytes + TEMPLATE_BYTES
         if (limit is None or most_text + pictures[index] <= limit) and (text_limit is None or most_text <= text_limit):
-            kept.append(index)
+            found.kept.append(index)
             continue
         record = records[index]
         num_text, num_pictures = counted(count, record)
         problem = refuse(num_text, num_pictures, limit, text_limit)
-        if problem:
-            bad.append({"where": record.where, "id": record.id, "problem": problem})
-        else:
-            kept.append(index)
-    by_estimate = sorted(kept, key=lambda i: text[i] / 3 + pictures[i], reverse=True)[:NUM_LONGEST]
+        if problem is None:
+            found.kept.append(index)
+            continue
+        found.bad.append({"where": record.where, "id": record.id, "problem": problem})
+        found.longest_refused = max(found.longest_refused, num_text + num_pictures)
+        if limit is not None and record.image_sizes:
+            found.picture_room = min(found.picture_room, (limit - num_text) / len(record.image_sizes))
+    by_estimate = sorted(found.kept, key=lambda i: records.text_bytes[i] / 3 + pictures[i], reverse=True)[:NUM_LONGEST]
     exact = {index: sum(counted(count, records[index])) for index in by_estimate}
-    longest_rows = sorted(exact, key=exact.get, reverse=True)
-    return Lengths(kept, exact[longest_rows[0]] if longest_rows else 0, longest_rows, bad)
+    found.longest_rows = sorted(exact, key=exact.get, reverse=True)
+    found.longest = max(exact.values(), default=0)
+    return found
 
 
 def counted(count: Count, record: Record) -> tuple[int, int]:
@@ -72,12 +81,13 @@ def refuse(num_text: int, num_pictures: int, limit: int | None, text_limit: int 
     return None
 
 
-def remedy(lengths: Lengths, num_rows: int, limit: int, pixels_per_position: float | None) -> str:
+def remedy(lengths: Lengths, num_rows: int, pixels_per_position: float | None) -> str:
     """One sentence for rows that are too long: how many, the first, and the settings that would admit them all."""
     first = lengths.bad[0]
-    sentence = f"{len(lengths.bad)} of {num_rows} rows are too long; the first is {first['where']}, which {first['problem']}. "
-    longest = max(int(row["problem"].split()[1]) for row in lengths.bad)
-    sentence += f"--max_length {longest} admits all of them (rows are never cut)"
-    if pixels_per_position and "of pictures" in first["problem"]:
-        sentence += f", or lower --max_pixels below {int(limit * pixels_per_position * 0.9)}"
-    return sentence + ", or --on_bad_row skip leaves them out"
+    ways = [f"--max_length {lengths.longest_refused} admits all (rows are never cut)", "--on_bad_row skip leaves them out"]
+    if pixels_per_position and 4 <= lengths.picture_room < float("inf"):
+        ways.insert(1, f"--max_pixels {int(lengths.picture_room * pixels_per_position)} shrinks their pictures until they fit")
+    return (
+        f"{len(lengths.bad)} of {num_rows} rows are too long; the first is {first['where']}, which {first['problem']}: "
+        + ", or ".join(ways)
+    )

@@ -94,7 +94,7 @@ def varlen(query, key, value, lengths: list[int], causal: bool, scale: float) ->
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, lengths=None, **kwargs):
     """The form that transformers calls: query (1, H, T, K) -> ((1, T, H, K), None)."""
-    prefix = kwargs["prefix"][module.layer_idx] if kwargs.get("prefix") is not None else None
+    prefix = kwargs["prefix"](module.layer_idx) if kwargs.get("prefix") is not None else None
     out = segment_attention(
         query[0], key[0], value[0], lengths, causal=module.is_causal, scale=scaling or query.shape[-1] ** -0.5,
         window=kwargs.get("sliding_window"), prefix=prefix, dropout=dropout,

@@ -57,6 +57,8 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], offload: bool = False) -> Non
 
 
 def _block_forward(forward, block: nn.Module, offload: bool, hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    if not (block.training and torch.is_grad_enabled()):
+    modules = [block, *(v for v in kwargs.values() if isinstance(v, nn.Module))]  # a prefix comes as a keyword argument
+    trained = hidden.requires_grad or any(p.requires_grad for m in modules for p in m.parameters())  # or a frozen tower
+    if not (trained and block.training and torch.is_grad_enabled()):
         return forward(hidden, *args, **kwargs)
     return checkpoint(lambda x: forward(x, *args, **kwargs), hidden, offload=offload)

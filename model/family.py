@@ -45,6 +45,8 @@ class Family:
     quantized_parts: tuple[str, ...] = ("language",)  # parts whose linear layers --use_8bit and --use_4bit quantise
     lora_targets: tuple[str, ...] = ()  # to define: default target module names
     lora_parts: tuple[str, ...] = ("language",)  # parts that LoRA reaches by default
+    tiny_tokens: tuple[str, ...] = ()  # to define: special tokens of the tiny tokenizer that `python -m model tiny` makes
+    tiny_template = ""  # to define: its chat template
     reference_learning_rate = 2e-4  # LoRA's usual rate at hidden size 2048; see learning_rate()
 
     def __init__(self, folder: str | Path, options: Options | None = None):
@@ -52,6 +54,12 @@ class Family:
         self.config = read_json(self.folder / "config.json")
         self.options = options or Options()
         self._tokenizer = None
+
+    @classmethod
+    def tiny_files(cls) -> dict[str, dict]:
+        """To define: the JSON files of a tiny checkpoint in the hub's original form, config.json with it. Its keys
+        ..._token_id hold the token's text; model/tiny.py puts the ids there, and the vocabulary's size."""
+        raise NotImplementedError(f"family {cls.name} has no tiny form")
 
     # ---- network ----------------------------------------------------------------------------------------------------
 
@@ -182,8 +190,8 @@ class Family:
 
     def _encode(self, messages: list[dict], tools: list | None) -> Example:
         self.tokenizer  # noqa: B018 - read at first use
-        pieces = self.render(messages, tools)
         pictures = [self.picture(image) for image in images_of(messages)]
+        pieces = self.render(messages, tools)
         pixels = self.join_pixels([tensors for tensors, _ in pictures])
         input_ids, labels = mask(expand_pictures(pieces, self.image_token_id, [count for _, count in pictures]))
         return self.example(input_ids, labels, pixels)
@@ -222,7 +230,7 @@ class Model(nn.Module):
         super().__init__()
         self.net = net
         self.family = family
-        self.prefix: nn.Module | None = None  # prefix tuning: keys and values that every segment sees first
+        self.prefix: nn.Module | None = None  # prefix tuning: layer number -> (keys, values) that every segment sees first
 
     @property
     def device(self) -> torch.device:
@@ -235,15 +243,15 @@ class Model(nn.Module):
 
     def hidden(self, packed: Packed) -> torch.Tensor:
         """Hidden states of a packed row after the last norm: (T, D)."""
-        positions, prefix = packed.positions, None
+        positions = packed.positions
         if self.prefix is not None:
-            positions, prefix = positions + self.prefix.num_virtual_tokens, self.prefix()
+            positions = positions + self.prefix.num_virtual_tokens
         out = self.family.decoder(self.net)(
             inputs_embeds=self.family.embed(self.net, packed)[None],  # (1, T, D)
             position_ids=self.family.decoder_positions(positions),
             use_cache=False,
             lengths=packed.lengths,
-            prefix=prefix,
+            prefix=self.prefix,  # the module, not its tensors: a checkpointed block reads the leaf inside itself
         )
         return out.last_hidden_state[0]
 
@@ -270,12 +278,14 @@ def families() -> list[type[Family]]:
 
     modules = [importlib.import_module(f"model.families.{info.name}") for info in pkgutil.iter_modules(package.__path__)]
     found = [c for m in modules for c in vars(m).values() if isinstance(c, type) and issubclass(c, Family)]
-    return [c for c in dict.fromkeys(found) if c is not Family]
+    return [c for c in dict.fromkeys(found) if c.name]  # a base class shared by families has no name
 
 
 def find_family(folder: str | Path, options: Options | None = None) -> Family:
     """The family that a checkpoint folder's config.json belongs to. Raises UserError for an unknown model."""
     config = read_json(Path(folder) / "config.json")
+    if "auto_map" in config:
+        print(f"note: {folder}/config.json asks for code from its repository (auto_map); it is not run")
     for family in families():
         if config.get("model_type") in family.model_types:
             return family(folder, options)
@@ -293,7 +303,7 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         found = sorted(p.name for p in path.parent.glob("*"))[:8] if path.parent.is_dir() else "no such folder"
         raise UserError(f"{path}: not found (in the folder: {found}); give the folder of a model as downloaded") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not readable JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds {type(value).__name__} where a JSON object is expected")

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from data.errors import UserError
@@ -35,8 +36,9 @@ def build_on_meta(family: Family) -> nn.Module:
     try:
         with torch.device("meta"):
             net = family.build()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{family.folder}/config.json: transformers cannot build this model from it ({error})") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{family.folder}/config.json: transformers cannot build this model from it ({reason})") from None
     for parent in list(net.modules()):
         for name, child in list(parent.named_children()):
             if any(buffer.is_meta for buffer in child.buffers(recurse=False)):
@@ -71,11 +73,7 @@ def is_tied(net: nn.Module) -> bool:
 
 def fill(net: nn.Module, family: Family, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
     """Put every tensor of the checkpoint in its place. Raises UserError for what is missing, too many or misshapen."""
-    wanted = expected_tensors(family, net)
-    found = shards.shapes()
-    if is_tied(net):
-        found.pop("lm_head.weight", None)  # some writers store the tied head as well
-    refuse_differences(shards.folder, wanted, found)
+    wanted = check_tensors(net, family, shards)
     with torch.no_grad():
         for name, tensor in shards.stream(only=set(wanted)):
             module_name, _, leaf = family.module_name(name).rpartition(".")
@@ -87,6 +85,19 @@ def fill(net: nn.Module, family: Family, shards: Shards, dtype: torch.dtype, dev
                 setattr(module, leaf, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=trainable))
     if is_tied(net):
         net.get_output_embeddings().weight = net.get_input_embeddings().weight
+
+
+def check_tensors(net: nn.Module, family: Family, shards: Shards) -> dict[str, torch.Size]:
+    """The checkpoint's tensor names and shapes, from its headers. Raises UserError where they are not the network's."""
+    wanted = expected_tensors(family, net)
+    headers = shards.headers()
+    if is_tied(net):
+        headers.pop("lm_head.weight", None)  # some writers store the tied head as well
+    refuse_differences(shards.folder, wanted, {name: shape for name, (shape, _) in headers.items()})
+    coded = [f"{name} ({dtype})" for name, (_, dtype) in headers.items() if dtype not in ("F64", "F32", "F16", "BF16")]
+    if coded:
+        raise UserError(f"{shards.folder}: tensor {coded[0]} holds no 16- or 32-bit weights; take the unquantised model")
+    return wanted
 
 
 def refuse_differences(folder: Path, wanted: dict, found: dict) -> None:
@@ -105,19 +116,23 @@ def save(model: Model, folder: Path) -> None:
     net, family = model.net, model.family
     if any(is_quantized(m) for m in net.modules()):
         raise UserError("a quantised model is not saved whole; save its adapter and merge it into the 16-bit base (python -m lora merge)")
-    named = dict(net.named_parameters(remove_duplicate=False))
-    order = list(expected_tensors(family, net))
-    plan = plan_shards({n: named[family.module_name(n)].numel() * named[family.module_name(n)].element_size() for n in order})
-    folder.mkdir(parents=True, exist_ok=True)
     copy_companions(family.folder, folder)
-    write_shards(folder, ((n, named[family.module_name(n)].detach().cpu()) for n in order), plan)
+    write_weights(net, family, folder)
+
+
+def write_weights(net: nn.Module, family: Family, folder: Path) -> None:
+    """The network's parameters as shards under the checkpoint's tensor names."""
+    named = dict(net.named_parameters(remove_duplicate=False))
+    tensors = {name: named[family.module_name(name)].detach() for name in expected_tensors(family, net)}
+    write_shards(folder, tensors, plan_shards({name: tensor.nbytes for name, tensor in tensors.items()}))
 
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy every file of a model folder that is not weights, byte for byte: config, tokenizer, processor, licence."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth", ".gguf") and path.name != INDEX:
+        weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name.endswith(".index.json")
+        if path.is_file() and not weights:
             shutil.copyfile(path, target / path.name)
 
 

@@ -8,17 +8,20 @@ because it is written under a temporary name, flushed to disk and renamed.
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from data.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names of what weights are in
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Shards:
@@ -34,17 +37,21 @@ class Shards:
     def _index(self) -> dict[str, str]:
         path = self.folder / INDEX
         try:
-            file_of = json.loads(path.read_text())["weight_map"]
-            names = set(file_of.values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            file_of = json.loads(path.read_text(), object_pairs_hook=unique)["weight_map"]
+            names = dict.fromkeys(file_of.values())
+        except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
             raise UserError(f"{path}: not an index of shards ({error!r}); download the model again") from None
+        held: dict[str, str] = {}
         for name in names:
             refuse_outside(self.folder, name, path)
-        held = {name: self._header(name) for name in names}
+            for tensor in self._header(name):
+                if tensor in held:
+                    raise UserError(f"{path}: tensor {tensor} is in {held[tensor]} and in {name}; download the model again")
+                held[tensor] = name
         for tensor, name in file_of.items():
-            if tensor not in held[name]:
+            if held.get(tensor) != name:
                 raise UserError(f"{path}: names tensor {tensor} in {name}, which does not hold it; download the model again")
-        return file_of
+        return held
 
     def _single(self) -> dict[str, str]:
         if not (self.folder / SINGLE).exists():
@@ -95,44 +102,85 @@ class Shards:
                     yield tensor, file.get_tensor(tensor)
 
 
+def unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object whose keys are all different: json keeps the last of two without a word. Raises ValueError."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} stands there twice")
+    return found
+
+
 def refuse_outside(folder: Path, name: str, source: Path) -> None:
     """UserError unless folder/name lies inside the folder (a hub snapshot's links into its own blobs count as inside)."""
     root = folder.resolve()
     if root.parent.name == "snapshots":  # <cache>/models--org--name/snapshots/<revision>, files linked into ../../blobs
         root = root.parent.parent
-    if not isinstance(name, str) or Path(name).is_absolute() or not (folder / name).resolve().is_relative_to(root):
+    inside = isinstance(name, str) and "\0" not in name and not Path(name).is_absolute()
+    if not inside or not (folder / name).resolve().is_relative_to(root):
         raise UserError(f"{source}: names the file {name!r}, which lies outside {folder}; the model folder is not to be trusted")
 
 
-def write_file(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """One safetensors file, whole or not at all: temporary name, fsync, rename."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, there whole or not at all: temporary name, fsync, rename."""
     temporary = path.with_name(f".{path.name}.part")
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def write_shards(folder: str | Path, tensors: Iterable[tuple[str, torch.Tensor]], plan: dict[str, str]) -> None:
-    """Write tensors that arrive in the order of plan (name -> file name), holding one shard at a time, then the index.
+def read_header(path: Path) -> tuple[bytes, dict[str, dict]]:
+    """(the bytes before the first tensor, tensor name -> {dtype, shape, data_offsets} in the order of the bytes)."""
+    with open(path, "rb") as file:
+        size = file.read(8)  # of the JSON that follows, little-endian
+        text = file.read(int.from_bytes(size, "little"))
+    entries = json.loads(text)
+    entries.pop("__metadata__", None)
+    return size + text, dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"]))
 
-    The index is written last, so that a folder with an index is a complete one.
-    """
+
+def make_header(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """The bytes before the first tensor of a file that holds these tensors one after another."""
+    entries, place = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
+    for name, tensor in tensors.items():
+        end = place + tensor.nbytes
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's values as they lie in a file."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_file(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """One safetensors file, whole or not at all; a tensor on a card crosses alone, so one tensor is in memory twice."""
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # keeps every tensor aligned
+    with whole_file(path) as file:
+        file.write(make_header(tensors, metadata))
+        for tensor in tensors.values():
+            file.write(tensor_bytes(tensor))
+
+
+def write_shards(folder: str | Path, tensors: dict[str, torch.Tensor], plan: dict[str, str]) -> None:
+    """Write each tensor into the file that plan names for it, then the index: a folder with an index is complete."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    held: dict[str, torch.Tensor] = {}
-    current, total_bytes = None, 0
-    for name, tensor in tensors:
-        if current is not None and plan[name] != current:
-            write_file(folder / current, held)
-            held = {}
-        current = plan[name]
-        held[name] = tensor.contiguous()
-        total_bytes += tensor.numel() * tensor.element_size()
-    write_file(folder / current, held)
+    for name in dict.fromkeys(plan.values()):
+        write_file(folder / name, {tensor: tensors[tensor] for tensor in plan if plan[tensor] == name})
     if set(plan.values()) != {SINGLE}:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": plan}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        index = {"metadata": {"total_size": sum(tensors[name].nbytes for name in plan)}, "weight_map": plan}
+        with whole_file(folder / INDEX) as file:
+            file.write(json.dumps(index, indent=2).encode() + b"\n")
 
 
 def plan_shards(bytes_of: dict[str, int], shard_bytes: int = 5 * 10**9) -> dict[str, str]:

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from data.errors import UserError
-from training.config import (IGNORED, RENAMED, Config, SeedKeys, build_parser, fields_of, read_config, to_yaml,
-                             trajectory)
+from training import config as settings
+from training.config import Config, fields_of, read_config, to_yaml, trajectory
 from training.options import option
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,8 +43,8 @@ adam_beta2 adapter allow_outside_images base_model batch_size config data_path d
 eval_split force freeze_projector freeze_vision grad_accum gradient_checkpointing image_root labels learning_rate
 logging_steps lora_alpha lora_dropout lora_parts lora_r lora_targets lr_schedule max_grad_norm max_length max_new_tokens
 max_pixels max_steps max_text_length micro_tokens num_virtual_tokens num_workers offload_activations on_bad_row optim
-output_dir peft_type precision predict_with_generate print_config report_to resume save_every save_total_limit seed stage
-test_path tool_template use_4bit use_8bit use_dora use_lora use_rslora warmup_steps weight_decay
+output_dir peft_type precision predict_with_generate print_config report_to resume save_every save_total_limit seed
+stage test_path tool_template use_4bit use_8bit use_dora use_lora use_rslora warmup_steps weight_decay
 """.split()
 
 COGAGENT_LORA = """
@@ -100,17 +100,18 @@ MINICPM_LORA = r"""
 
 PROXY_LITE_ARGUMENTS = {
     "output_dir": "./finetuned-proxy-lite", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4,
-    "learning_rate": 2e-5, "num_train_epochs": 3, "fp16": True, "save_strategy": "epoch", "evaluation_strategy": "epoch",
-    "r": 16, "lora_alpha": 32, "target_modules": SEVEN, "lora_dropout": 0.05, "bias": "none", "task_type": "CAUSAL_LM",
+    "learning_rate": 2e-5, "num_train_epochs": 3, "fp16": True, "save_strategy": "epoch",
+    "evaluation_strategy": "epoch", "r": 16, "lora_alpha": 32, "target_modules": SEVEN, "lora_dropout": 0.05,
+    "bias": "none", "task_type": "CAUSAL_LM",
 }
 
 PHI3_ARGUMENTS = {
     "output_dir": "./phi3-vision-finetuned", "num_train_epochs": 3, "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 4, "warmup_steps": 100, "logging_steps": 10, "save_steps": 500, "eval_steps": 500,
     "evaluation_strategy": "steps", "learning_rate": 2e-4, "fp16": True, "gradient_checkpointing": True,
-    "optim": "paged_adamw_8bit", "report_to": "wandb", "run_name": "phi3-vision-finetune-burberry", "max_seq_length": 512,
-    "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.05, "bias": "none",
-    "task_type": "CAUSAL_LM",
+    "optim": "paged_adamw_8bit", "report_to": "wandb", "run_name": "phi3-vision-finetune-burberry",
+    "max_seq_length": 512, "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.05,
+    "bias": "none", "task_type": "CAUSAL_LM",
 }
 
 
@@ -118,9 +119,9 @@ def read(*flags, stages=STAGES, **keywords) -> Config:
     return read_config([*MINIMAL, *flags], stages, **keywords)
 
 
-def write_yaml(folder: Path, settings: dict | str) -> str:
+def write_yaml(folder: Path, content: dict | str) -> str:
     path = folder / "recipe.yaml"
-    path.write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings))
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     return str(path)
 
 
@@ -138,28 +139,28 @@ def refusal(*flags) -> str:
 
 
 def test_defaults():
+    expected = dict(
+        batch_size=16, grad_accum=1, epochs=3, lora_r=16, lora_alpha=32, lora_dropout=0.05, lr_schedule="cosine",
+        warmup_steps=0.03, weight_decay=0, max_grad_norm=1.0, precision="auto", max_length="auto", micro_tokens="auto",
+        seed=0, num_workers=2, save_every="epoch", eval_every="epoch", learning_rate=None, stage="sft",
+        stage_options=Plain(), output_dir="checkpoints/sft", use_lora=False, demo=False)
     config = read()
-    assert (config.batch_size, config.grad_accum, config.epochs, config.lora_r, config.lora_alpha) == (16, 1, 3, 16, 32)
-    assert (config.lora_dropout, config.lr_schedule, config.warmup_steps, config.weight_decay) == (0.05, "cosine", 0.03, 0)
-    assert (config.max_grad_norm, config.precision, config.max_length, config.micro_tokens) == (1.0, "auto", "auto", "auto")
-    assert (config.seed, config.num_workers, config.save_every, config.eval_every) == (0, 2, "epoch", "epoch")
-    assert config.learning_rate is None and config.stage == "sft" and config.stage_options == Plain()
-    assert config.output_dir == "checkpoints/sft" and not config.use_lora and not config.demo
+    assert {name: getattr(config, name) for name in expected} == expected
 
 
 # --- the seeds, as they are written ---------------------------------------------------------------------------------
 
 def test_proxy_lite_command():
-    config = read_config(["--base_model", "convergence-ai/proxy-lite-3b", "--data_path", "./your_dataset", "--output_dir",
-                          "./finetuned-model", "--use_lora", "True", "--use_8bit", "True"], STAGES)
+    config = read_config(["--base_model", "convergence-ai/proxy-lite-3b", "--data_path", "./your_dataset",
+                          "--output_dir", "./finetuned-model", "--use_lora", "True", "--use_8bit", "True"], STAGES)
     assert differing(config) == dict(base_model="convergence-ai/proxy-lite-3b", data_path="./your_dataset",
                                      output_dir="./finetuned-model", use_lora=True, use_8bit=True)
 
 
 def test_proxy_lite_training_arguments(tmp_path, capsys):
     config = read("--config", write_yaml(tmp_path, PROXY_LITE_ARGUMENTS))
-    assert differing(config) == dict(output_dir="./finetuned-proxy-lite", batch_size=4, grad_accum=4, learning_rate=2e-5,
-                                     precision="fp16", lora_targets=SEVEN, use_lora=True)
+    assert differing(config) == dict(output_dir="./finetuned-proxy-lite", batch_size=4, grad_accum=4, precision="fp16",
+                                     learning_rate=2e-5, lora_targets=SEVEN, use_lora=True)
     assert "use_lora is true" in capsys.readouterr().err
 
 
@@ -167,8 +168,8 @@ def test_phi3_training_arguments(tmp_path, capsys):
     config = read("--config", write_yaml(tmp_path, PHI3_ARGUMENTS))
     assert differing(config) == dict(
         output_dir="./phi3-vision-finetuned", batch_size=4, grad_accum=4, warmup_steps=100, logging_steps=10,
-        save_every=500, eval_every=500, learning_rate=2e-4, precision="fp16", optim="paged_adamw_8bit", report_to="wandb",
-        max_length=512, lora_targets=["q_proj", "v_proj"], use_lora=True)
+        save_every=500, eval_every=500, learning_rate=2e-4, precision="fp16", optim="paged_adamw_8bit",
+        report_to="wandb", max_length=512, lora_targets=["q_proj", "v_proj"], use_lora=True)
     assert "run_name" in capsys.readouterr().err
 
 
@@ -176,7 +177,8 @@ def test_minicpm_command(capsys):
     config = read_config(MINICPM_LORA, STAGES)
     assert differing(config) == dict(
         base_model="openbmb/MiniCPM-Llama3-V-2_5", data_path="train.json", eval_path="test.json", precision="bf16",
-        num_workers=1, use_lora=True, lora_targets=[r"llm\.model\.layers\.\d+\.self_attn\.(q_proj|v_proj|k_proj|o_proj)"],
+        num_workers=1, use_lora=True,
+        lora_targets=[r"llm\.model\.layers\.\d+\.self_attn\.(q_proj|v_proj|k_proj|o_proj)"],
         max_length=2048, max_steps=80000, eval_every=1000, output_dir="output/lora", batch_size=4, grad_accum=2,
         save_every=1000, save_total_limit=10, learning_rate=1e-6, weight_decay=0.1, adam_beta2=0.95, warmup_steps=0.01,
         report_to="tensorboard")
@@ -241,19 +243,19 @@ def test_proxy_lite_recipe_has_the_values_of_its_guide(tmp_path):
 # --- aliases --------------------------------------------------------------------------------------------------------
 
 def test_every_alias_is_a_flag_and_a_key_of_a_field():
-    known = fields_of(Config, SeedKeys)
-    assert set(RENAMED.values()) <= set(known)
-    names = [*known, *RENAMED, *IGNORED]
+    known = fields_of(Config, settings.SeedKeys)
+    assert set(settings.RENAMED.values()) <= set(known)
+    names = [*known, *settings.RENAMED, *settings.IGNORED]
     assert len(names) == len(set(names))
-    strings = build_parser(STAGES)._option_string_actions
+    strings = settings.build_parser(STAGES)._option_string_actions
     assert not [name for name in names if f"--{name}" not in strings]
 
 
-@pytest.mark.parametrize("key", sorted(IGNORED))
+@pytest.mark.parametrize("key", sorted(settings.IGNORED))
 def test_an_ignored_key_says_why(key, capsys):
     assert differing(read(f"--{key}", "anything")) == {}
     note = capsys.readouterr().err
-    assert key in note and IGNORED[key] in note and note.count("\n") == 1
+    assert key in note and settings.IGNORED[key] in note and note.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -281,8 +283,10 @@ def test_spellings(flags, expected):
 
 
 def test_yaml_booleans_that_are_words(tmp_path):
-    recipe = write_yaml(tmp_path, "save_strategy: no\neval_every: no\nresume: yes\nlearning_rate: 5e-4\nmax_steps: null\n")
-    assert differing(read("--config", recipe)) == dict(save_every="no", eval_every="no", resume="yes", learning_rate=5e-4)
+    text = "save_strategy: no\neval_every: no\nresume: yes\nlearning_rate: 5e-4\nmax_steps: null"
+    recipe = write_yaml(tmp_path, text)
+    expected = dict(save_every="no", eval_every="no", resume="yes", learning_rate=5e-4)
+    assert differing(read("--config", recipe)) == expected
 
 
 # --- flags, files, defaults -----------------------------------------------------------------------------------------
@@ -376,10 +380,10 @@ def test_a_run_needs_a_model_and_rows(missing):
 
 def test_no_arguments_are_the_demo_whose_settings_are_defaults():
     assert read_config([], STAGES).demo
-    settings = {"base_model": "tiny", "epochs": 1, "lora_r": 4}
-    assert read_config([], STAGES, settings).lora_r == 4
-    assert read_config(["--demo", "--lora_r", "2"], STAGES, settings).lora_r == 2
-    assert read("--seed", "1", demo=settings).epochs == 3
+    demo = {"base_model": "tiny", "epochs": 1, "lora_r": 4}
+    assert read_config([], STAGES, demo).lora_r == 4
+    assert read_config(["--demo", "--lora_r", "2"], STAGES, demo).lora_r == 2
+    assert read("--seed", "1", demo=demo).epochs == 3
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -398,7 +402,8 @@ def test_stage_options_belong_to_their_stage(tmp_path):
 
 @pytest.mark.parametrize("flags", [
     "", "--use_lora --use_8bit --learning_rate 2e-5 --lora_targets q_proj,v_proj --save_every 10 --max_length 512",
-    "--peft_type PREFIX_TUNING --num_virtual_tokens 8 --seed 3", "--stage dpo --beta 0.2 --pair_loss ipo --adapter runs/sft",
+    "--peft_type PREFIX_TUNING --num_virtual_tokens 8 --seed 3",
+    "--stage dpo --beta 0.2 --pair_loss ipo --adapter runs/sft",
     "--demo --max_steps 3 --eval_every no --max_input_length 5 --max_output_length 6",
 ])
 def test_run_yaml_reproduces_the_settings(tmp_path, flags):

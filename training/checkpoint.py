@@ -1,9 +1,9 @@
 """Checkpoints that a kill, a power cut or a full disk cannot tear: the commit protocol and the one state object.
 
-A checkpoint is written into a hidden folder, every file flushed to disk, a manifest of sizes and sha256 last; one rename
-makes it visible, and only then are old ones removed. Reading takes the newest folder whose manifest verifies. So at every
-instant there is a whole checkpoint on disk, and a damaged one is noticed. Only safetensors and JSON: nothing is unpickled.
-Costs one tensor of memory, about 1.2 s of sha256 per GiB in passing, and the disk's true writing time.
+A checkpoint is written into a hidden folder, every file flushed to disk, a manifest of sizes and sha256 last; one
+rename makes it visible, and only then are old ones removed. Reading takes the newest folder whose manifest verifies. So
+at every instant there is a whole checkpoint on disk, and a damaged one is noticed. Only safetensors and JSON, because
+unpickling runs code. Costs one tensor of memory, about 1.2 s of sha256 a GiB, and the disk's true writing time.
 """
 
 import hashlib
@@ -86,12 +86,14 @@ def restore_random(state: Tensors) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def commit(folder: str | Path, step: int, tensors: dict[str, Tensors], jsons: dict[str, object], keep: int = 2) -> str | None:
-    """Save files of tensors and of plain data as folder/checkpoints/step-NNNNNN, then remove all but the newest `keep`.
+def commit(
+    folder: str | Path, step: int, tensors: dict[str, Tensors], jsons: dict[str, object], keep: int = 2
+) -> str | None:
+    """Save files of tensors and of plain data as folder/checkpoints/step-NNNNNN, then remove all but `keep` of them.
 
-    Returns None, or the problem in a sentence where the disk refused: then the older checkpoints stand untouched and the
-    run can go on and try again at its next save. Checkpoints of later steps, left by a run that was resumed from before
-    them, are removed too.
+    Returns None, or the problem in a sentence where the disk refused: then the older checkpoints stand untouched, and
+    the run can go on and try again at its next save. Checkpoints of later steps, left by a run that was resumed from
+    before them, are removed too.
     """
     checkpoints = Path(folder) / "checkpoints"
     target = checkpoints / f"step-{step:06d}"
@@ -118,7 +120,7 @@ def commit(folder: str | Path, step: int, tensors: dict[str, Tensors], jsons: di
 
 
 def newest_whole(folder: str | Path) -> Path | None:
-    """The newest checkpoint of an output folder whose every byte is as written, None if there is none; notes on stderr."""
+    """The newest checkpoint of an output folder whose every byte is as written, None if there is none."""
     for path in _candidates(folder):
         problem = find_problem(path)
         if problem is None:
@@ -135,24 +137,24 @@ def find_resume(folder: str | Path, resume: str | None) -> Path | None:
     steps = [path.name for path in _candidates(folder)]
     if resume in (None, "no"):
         if steps:
-            raise UserError(f"{folder} holds a run ({steps[0]}): continue it with --resume yes, or choose another --output_dir")
+            raise UserError(f"{folder} holds a run ({steps[0]}): go on with --resume yes, or choose another --output_dir")
         return None
     if resume == "yes":
         found = newest_whole(folder)
         if found is None and steps:
-            raise UserError(f"{folder}: none of {', '.join(steps)} is whole; choose another --output_dir to start afresh")
+            raise UserError(f"{folder}: none of {', '.join(steps)} is whole; start afresh in another --output_dir")
         if found is None:
             print(f"nothing to resume in {folder}: starting fresh")
         return found
     path = Path(folder, "checkpoints", f"step-{int(resume):06d}") if resume.isdecimal() else Path(resume)
-    if STEP.fullmatch(path.resolve().name):
-        problem = find_problem(path)
+    if not STEP.fullmatch(path.resolve().name):
+        found = newest_whole(path)
+        problem = None if found else "holds no whole checkpoint"
     else:
-        path, problem = newest_whole(path), "it holds no whole checkpoint"
-        problem = None if path else problem
+        found, problem = path, find_problem(path)
     if problem:
-        raise UserError(f"--resume {resume}: {problem}; whole or not, {folder} has {', '.join(steps) or 'no checkpoints'}")
-    return path
+        raise UserError(f"--resume {resume}: {problem}; {folder} has {', '.join(steps) or 'no checkpoints'} to choose from")
+    return found
 
 
 def find_problem(path: Path) -> str | None:

@@ -34,7 +34,8 @@ class Config:
     use_4bit: bool = option(False, "hold the frozen base in 4 bits (NF4, double-quantised); about a quarter")
     # Data
     data_path: str | None = option(None, "training rows: json, jsonl or parquet file, folder or hub id", group="Data")
-    eval_path: str | None = option(None, "rows to evaluate on while training", steers=False)
+    eval_path: str | None = option(None, "rows to evaluate on, before, while and after training; files separated by commas",
+                                  steers=False)
     eval_split: float = option(0.0, "without eval_path, rows of data_path held out: a share below 1, or their number")
     test_path: str | None = option(None, "rows answered once, at the end of the run", steers=False)
     image_root: str | None = option(None, "folder that picture paths are relative to and may not leave; "
@@ -60,7 +61,7 @@ class Config:
     lora_alpha: int = option(32, "LoRA is scaled by lora_alpha / lora_r")
     lora_dropout: float = option(0.05, "share of LoRA inputs dropped", high=0.9)
     lora_targets: list[str] = option(["auto"], "module names, separated by commas; auto: the family's default")
-    lora_parts: list[str] = option(["language"], "parts of the model that get LoRA, separated by commas",
+    lora_parts: list[str] = option(["language"], "parts that get LoRA: language, projector, vision",
                                    words="language projector vision")
     use_rslora: bool = option(False, "scale LoRA by lora_alpha / sqrt(lora_r)")
     use_dora: bool = option(False, "weight-decomposed LoRA")
@@ -99,6 +100,8 @@ class Config:
     # Generation
     predict_with_generate: bool = option(False, "evaluate with generated answers too, not the loss alone", steers=False,
                                          group="Generation")
+    eval_task: str = option("auto", "metrics of generated answers: a file of eval/tasks/, or module:function of your own",
+                            steers=False)
     max_new_tokens: int = option(512, "tokens of one generated answer at most", low=1, steers=False)
     # Run
     seed: int = option(0, "of the order of rows, new weights and dropout", group="Run")
@@ -132,6 +135,7 @@ class SeedKeys:
     task_type: str = option("CAUSAL_LM", "the one task there is", words="CAUSAL_LM")
 
 
+# The seeds' other names for fields, their other words for values, and what has no effect here, with the reason.
 RENAMED = {old: new for new, old_names in {
     "base_model": "model_name_or_path", "eval_path": "eval_data_path", "batch_size": "per_device_train_batch_size",
     "grad_accum": "gradient_accumulation_steps", "epochs": "num_train_epochs", "num_workers": "dataloader_num_workers",

@@ -35,19 +35,21 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`action` is "update", "skip" (gradients are dropped, the run goes on) or "stop"; `reason` is a clause for the log."""
+    """`action` is "update", "skip" (drop the gradients, go on) or "stop"; `reason` is a clause for the log."""
 
     action: str
     reason: str = ""
 
 
-def judge(loss: float, grad_norm: float, record: Statistics, skip_spikes: bool = False, loss_scale: float = 1.0) -> Verdict:
-    """The verdict on one step, from its loss and the norm of its unscaled, unclipped gradient; enters both in the record.
+def judge(
+    loss: float, grad_norm: float, record: Statistics, skip_spikes: bool = False, loss_scale: float = 1.0
+) -> Verdict:
+    """The verdict on one step, from its loss and the norm of its unscaled, unclipped gradient; both enter the record.
 
     Non-finite: skip, and stop when it happens MAX_BAD times in a row; a finite loss whose gradient overflowed under an
-    fp16 `loss_scale` above 1 is skipped but not counted, because the scale halves until it fits. With skip_spikes a loss
-    or norm more than SIGMAS deviations above the window's mean is skipped once the window is half full; it still enters
-    the window, so that a lasting change of level is soon accepted.
+    fp16 `loss_scale` above 1 is skipped but not counted, because the scale halves until it fits. With skip_spikes a
+    loss or norm more than SIGMAS deviations above the window's mean is skipped once the window is half full; it still
+    enters the window, so that a lasting change of level is soon accepted.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         record.num_skipped += 1

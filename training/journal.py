@@ -3,13 +3,12 @@
 Every step is one JSON object, appended and flushed before the next step begins, so that a killed run has told
 everything up to its last step and `tail -f` works. Resuming at step k drops what came after k (atomically): the
 file always tells one story, without repeated steps. The report is made from this file, hence no logger service is
-needed; wandb and tensorboard are there for those who ask (--report_to). Costs about 50 microseconds a step.
+needed; wandb and tensorboard are there for those who ask (--report_to). Costs about 10 microseconds a step.
 """
 
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def _line(record: dict) -> str:
 
 
 def read_journal(path: str | Path) -> list[dict]:
-    """The records of a journal, non-finite numbers as floats again; [] if the file does not exist.
+    """The records of a journal, a record's own non-finite numbers as floats again; [] if the file does not exist.
 
     A power cut can tear the last line; it is left out. Any other broken line is a UserError with file:line.
     """
@@ -58,7 +57,8 @@ class Journal:
     """journal.jsonl of an output folder, the status line, and the loggers of --report_to.
 
     step is the step that the run stands at: 0 begins a new file, k > 0 continues an old one after its step k and
-    notes {"event": "resume", "step": k}. Raises UserError if a logger's package is missing.
+    notes {"event": "resume", "step": k}. The screen and the logger hear of every logging_steps-th step, the file of
+    all. Raises UserError if a logger's package is missing.
     """
 
     def __init__(self, folder: str | Path, last_step: int, step: int = 0, logging_steps: int = 1,
@@ -66,7 +66,7 @@ class Journal:
         self.path = Path(folder) / "journal.jsonl"
         self.last_step, self.logging_steps = last_step, logging_steps
         self.seconds_per_step = 0.0  # running mean of this session, for the time that is left
-        self.loggers = [] if report_to == "none" else [open_logger(name, folder) for name in report_to.split(",")]
+        self.logger = None if report_to == "none" else open_logger(report_to, folder)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_journal(self.path) if record["step"] <= step] if step else []
         temporary = self.path.with_suffix(".jsonl.tmp")
@@ -94,17 +94,22 @@ class Journal:
         self.bar.update()
         if step % self.logging_steps == 0 or step == self.last_step or rows is not None:
             tqdm.write(self._status(record, epoch, statistics))
+            self._log(record)
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """Write down something that is not a step: evaluation, commit, resume; values must not hold a `loss`."""
-        self._write({"event": event, "step": step, **values})
+        record = {"event": event, "step": step, **values}
+        self._write(record)
         os.fsync(self.file.fileno())  # events are rare, and a commit's record should survive what the commit survives
+        self._log(record)
 
     def _write(self, record: dict) -> None:
         self.file.write(_line(record))
         self.file.flush()
-        for log, _ in self.loggers:
-            log(record)
+
+    def _log(self, record: dict) -> None:
+        if self.logger:
+            self.logger.log({key: value for key, value in record.items() if isinstance(value, int | float)})
 
     def _status(self, record: dict, epoch: float, statistics: dict[str, float]) -> str:
         left = int(self.seconds_per_step * (self.last_step - record["step"]))
@@ -119,30 +124,42 @@ class Journal:
     def close(self) -> None:
         self.bar.close()
         self.file.close()
-        for _, close in self.loggers:
-            close()
+        if self.logger:
+            self.logger.close()
 
 
-def open_logger(name: str, folder: str | Path) -> tuple[Callable[[dict], None], Callable[[], None]]:
-    """(log a record, close) of wandb or tensorboard; UserError for another name or a package that is not installed."""
-    folder = Path(folder)
+class Wandb:
+    """Records as a run of Weights & Biases, which needs an account and a network (or WANDB_MODE=offline)."""
+
+    def __init__(self, folder: Path):
+        import wandb
+        self.run = wandb.init(dir=str(folder), name=folder.name)
+
+    def log(self, record: dict[str, float]) -> None:
+        self.run.log(record)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoard:
+    """Records as TensorBoard event files in the folder tensorboard/ of the output folder."""
+
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, record: dict[str, float]) -> None:
+        for key, value in record.items():
+            self.writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def open_logger(name: str, folder: str | Path) -> Wandb | TensorBoard:
+    """The logger that --report_to names; UserError if its package is not installed."""
     try:
-        if name == "wandb":
-            import wandb
-            run = wandb.init(dir=str(folder), name=folder.name)
-            return lambda record: run.log(_numbers(record)), run.finish
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(str(folder / "tensorboard"))
-
-            def log(record: dict) -> None:
-                for key, value in _numbers(record).items():
-                    writer.add_scalar(key, value, record["step"])
-            return log, writer.close
+        return {"wandb": Wandb, "tensorboard": TensorBoard}[name](Path(folder))
     except ImportError:
         raise UserError(f"--report_to {name} needs a package that is not installed: pip install {name}.") from None
-    raise UserError(f"--report_to {name} is none of none, tensorboard, wandb.")
-
-
-def _numbers(record: dict) -> dict[str, float]:
-    return {key: value for key, value in record.items() if isinstance(value, int | float)}

@@ -70,7 +70,7 @@ def plan(weights: dict[tuple[str, str], float], num_trained: int, language: Stac
          vocabulary: int, head_positions: int, gradient_bytes: float = 4, state_bytes: float = 8,
          element_bytes: int = 2, checkpointing: bool = True, dropout: bool = False,
          cuda: bool = True) -> list[tuple[str, float]]:
-    """Peak memory of a run as [(part, GiB)]; the total is the sum.
+    """Peak memory of a run as [(part, GiB)]; the total is the sum. The formula is the module's docstring.
 
     weights: bytes by (part, dtype), as weights_by_part counts them. head_positions: positions whose logits exist at
     the same time. gradient_bytes and state_bytes are for one trained parameter (STATE_BYTES), element_bytes for one
@@ -94,9 +94,9 @@ def plan(weights: dict[tuple[str, str], float], num_trained: int, language: Stac
     return [(part, size / GIB) for part, size in parts if size] + [fixed]
 
 
-def weights_by_part(parameters: Iterable[tuple[str, "torch.Tensor"]], parts: dict[str, str],
+def weights_by_part(parameters: Iterable[tuple[str, "torch.Tensor"]], part_of: Callable[[str], str],
                     vocabulary: int) -> dict[tuple[str, str], float]:
-    """Bytes by (part, dtype) of named parameters, on the meta device too. parts: {part: prefix of its names}.
+    """Bytes by (part, dtype) of a loaded model's named parameters; part_of(name) is the family's.
 
     Embedding and output head (V rows) are a part of their own, since they stay 16-bit when the rest is quantised.
     Trained parameters are one part whatever they belong to: they say what the adapters cost.
@@ -105,15 +105,11 @@ def weights_by_part(parameters: Iterable[tuple[str, "torch.Tensor"]], parts: dic
     for name, parameter in parameters:
         dtype = str(parameter.dtype).removeprefix("torch.")
         dtype = STORED_NAMES.get(dtype, dtype)
-        size = parameter.numel() * parameter.element_size()
-        if parameter.requires_grad:
-            part = "trained"
-        elif parameter.ndim == 2 and parameter.shape[0] == vocabulary:
+        part = "trained" if parameter.requires_grad else part_of(name)
+        if not parameter.requires_grad and parameter.ndim == 2 and parameter.shape[0] == vocabulary:
             part = "embedding"
-        else:
-            fitting = [part for part, prefix in parts.items() if name.startswith(prefix)]
-            part = max(fitting, key=lambda part: len(parts[part]), default="other")
-        size *= 2 * QUANTISED_BYTES["nf4"] if dtype == "nf4" else 1  # scales lie beside the packed weights
+        scales = 2 * QUANTISED_BYTES["nf4"] if dtype == "nf4" else 1.0  # they lie beside the packed weights
+        size = parameter.numel() * parameter.element_size() * scales
         found[part, dtype] = found.get((part, dtype), 0) + size
     return found
 

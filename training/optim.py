@@ -1,9 +1,9 @@
 """Which parameters decay, which optimizer moves them, how fast: groups, a registry, the schedule as a pure function.
 
 The learning rate depends on the step number alone, so there is no scheduler whose state a resume could lose. Optimizer
-state leaves and enters as plain named tensors, bit for bit. Memory per trained parameter beside its weight and gradient:
-8 bytes for AdamW, 2 for the 8-bit ones, which are slow on a processor (33 times AdamW's step). Full fine-tuning of bf16
-weights with an 8-bit optimizer rounds stochastically: rounding to nearest would drop every update below 1/256 of a weight.
+state leaves and enters as plain named tensors, bit for bit. Memory per trained parameter beside weight and gradient: 8
+bytes for AdamW, 2 for the 8-bit ones, which are slow on a processor (33 times AdamW's step). bf16 weights under an 8-bit
+optimizer are rounded stochastically: rounding to nearest would drop every update below 1/512 of a weight.
 """
 
 import importlib
@@ -162,6 +162,6 @@ def load_optimizer_tensors(
                     optimizer.state[p][key] = value.to(home, copy=True)
     if saved:
         raise UserError(
-            f"the checkpoint holds optimizer state of {next(iter(saved))} and {len(saved) - 1} more parameters that this "
-            "run does not train; resume with the settings the run was started with"
+            f"the checkpoint holds optimizer state of {next(iter(saved))} and {len(saved) - 1} more parameters that "
+            "this run does not train; resume with the settings the run was started with"
         )

@@ -127,7 +127,9 @@ def add_flag(group, name: str, field: dataclasses.Field | None, listed: bool = T
 
 def help_text(field: dataclasses.Field) -> str:
     default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-    shown = ",".join(default) if isinstance(default, list) else str(default).lower()
+    if isinstance(default, list):
+        default = ",".join(default)
+    shown = str(default).lower() if field.type is bool else default
     return (field.metadata["help"] + ("" if default is None else f" (default {shown})")).replace("%", "%%")
 
 

@@ -39,7 +39,7 @@ figure { margin: 0 } svg { display: block; width: 100% } summary { cursor: point
 .tiles { grid-template-columns: repeat(auto-fit, minmax(min(100%, 12.2rem), 1fr)) }
 .tile b { display: block; font-size: 1.15rem } .tile .dim { font-size: .9rem }
 .grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
-.samples { grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)) }
+.samples { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)) }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: .8rem 0 0 }
 dd { margin: 0; overflow-wrap: anywhere } .sample dd { white-space: pre-wrap; max-height: 14rem; overflow: auto }
 .scroll { overflow: auto; max-height: 40rem }
@@ -100,7 +100,7 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if seconds < 60:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.3g} s"
     return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
 
 

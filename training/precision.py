@@ -60,7 +60,7 @@ def choose(name: str, device: torch.device) -> Precision:
         raise UserError("--precision fp16 needs a graphics card; on a processor use --precision bf16 or fp32")
     if name == "bf16" and device.type == "cuda" and not computes_bf16(device):
         card = torch.cuda.get_device_name(device)
-        raise UserError(f"--precision bf16: {card} has no bf16 arithmetic; use --precision fp16 (or auto, which picks it)")
+        raise UserError(f"--precision bf16: {card} has no bf16 arithmetic; use --precision fp16 or auto")
     return Precision(name, device, *TABLE[name])
 
 

@@ -2,7 +2,7 @@
 
 Everything but the samples comes from the output folder: journal.jsonl, run.yaml, bad_rows.jsonl. So the report of an
 interrupted run is made from what lies there, and train.py only adds samples. Curves are SVG drawn here, at most 400
-points each; colours are CSS variables, light and dark. A page costs about 60 KB and at most 300 KB for each picture.
+points each; colours are CSS variables, light and dark. A page costs about 40 KB and at most 300 KB for each picture.
 
 The journal's events that this page shows (each has a step; all are optional):
   start      command, machine, time, versions {name: version}, last_step, data [{file, sha256, rows}],
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 KINDS, ARROW = ("expected", "before", "after"), "\u2192"
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the picture
+
+
 @dataclass
 class Sample:
     """One held-out row: what was asked, what was expected, what the model said before and after training.
@@ -73,7 +75,7 @@ def read_report(folder: str | Path) -> Report:
     """The report of an output folder, finished or not; whatever file is absent leaves its section out."""
     folder = Path(folder)
     config, bad_rows = folder / "run.yaml", folder / "bad_rows.jsonl"
-    lines = bad_rows.read_text(encoding="utf-8").splitlines() if bad_rows.exists() else []
+    lines = bad_rows.read_bytes().splitlines() if bad_rows.exists() else []
     return Report(folder.resolve().name, read_journal(folder / "journal.jsonl"),
                   config.read_text(encoding="utf-8") if config.exists() else "", [json.loads(line) for line in lines])
 
@@ -119,7 +121,8 @@ def key_figures(report: Report) -> list[tuple[str, str]]:
     steps, figures = report.steps(), []
     for name, losses in (("training loss", [record["loss"] for record in steps if _is_taken(record)]),
                          ("held-out loss", [loss for _, loss in _eval_losses(report)])):
-        figures += [(name, f"{losses[0]:.3g} {ARROW} {losses[-1]:.3g}")] if losses else []
+        ends = losses[::max(1, len(losses) - 1)]  # the first and the last, or the only one
+        figures += [(name, f" {ARROW} ".join(f"{loss:.3g}" for loss in ends))] if ends else []
     figures += [(record["name"], f"{_with_unit(record, 'before')} {ARROW} {_with_unit(record, 'after')}")
                 for record in report.events("comparison")]
     return figures + [("time in steps", clock(_total(steps, "seconds")))] if steps else figures
@@ -213,7 +216,7 @@ def sample(row: Sample) -> str:
         words = "".join(f"; {kind} box {tuple(map(round, box))}" for kind, box in boxes)
         shapes = "".join(f'<rect class="box {style}" x="{left:.1f}" y="{top:.1f}" width="{max(0, right - left):.1f}" '
                          f'height="{max(0, bottom - top):.1f}"/>'
-                         for kind, (left, top, right, bottom) in boxes for style in ("halo", kind))
+                         for style, (left, top, right, bottom) in [("halo", box) for _, box in boxes] + boxes)
         shot = (f'<div class="shot"><img src="{embed(row.picture)}" alt="{escape(f"picture of row {row.id}{words}")}">'
                 f'<svg viewBox="0 0 {row.picture.width} {row.picture.height}" aria-hidden="true">{shapes}</svg></div>')
     return f'<article class="card sample">{shot}<dl>{terms}</dl><p class="dim">row {escape(row.id)}</p></article>'

@@ -5,6 +5,7 @@ after "assistant\n" through <|im_end|>, and the newline after it belongs to the 
 """
 
 import json
+from itertools import groupby
 
 from torch import nn
 
@@ -14,10 +15,29 @@ from model.family import Family, images_of, read_json
 
 HEADER, STOP = "<|im_start|>assistant\n", "<|im_end|>"
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+TINY_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for item in m.content %}{% if item.type == 'image' %}" + PICTURE + "{% else %}{{ item.text }}{% endif %}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 class ChatML(Family):
     """What the ChatML families share: rendering by the folder's template, tools, stop ids."""
+
+    tiny_tokens = ("<|endoftext|>", "<|im_start|>", STOP)
+    tiny_template = TINY_TEMPLATE
+
+    @classmethod
+    def tiny_files(cls) -> dict[str, dict]:
+        return {
+            "config.json": {
+                "model_type": cls.name, "bos_token_id": "<|endoftext|>", "eos_token_id": STOP, "hidden_act": "silu",
+                "hidden_size": 64, "initializer_range": 0.02, "intermediate_size": 160, "max_position_embeddings": 32768,
+                "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+                "rope_theta": 1000000.0, "tie_word_embeddings": True, "torch_dtype": "float32", "use_sliding_window": False,
+            }
+        }
 
     def render(self, messages: list[dict], tools: list | None) -> list[tuple[list[int], bool]]:
         """(ids, trained) pieces. Raises UserError for tools or calls that the template leaves out."""
@@ -36,11 +56,8 @@ class ChatML(Family):
         for number, (message, piece) in enumerate(zip(answers, responses, strict=True), 1):
             piece.trained = message.get("train", True)
             check_calls(message, piece.text.replace(mark, ""), number)
-        prompt = "".join(piece.text for piece in pieces).replace(mark, "")
-        for tool in tools or []:
-            name = tool.get("function", tool).get("name", "")
-            if name not in prompt:
-                raise UserError(f"the chat template does not render the tool {name!r}; pass --tool_template qwen")
+        if tools:
+            self.check_tools(tools, marked_tools, mark)
         return [(self.pieces.ids(piece.text, mark), piece.trained) for piece in pieces]
 
     def render_text(self, messages: list[dict], tools: list | None, has_calls: bool) -> str:
@@ -52,6 +69,13 @@ class ChatML(Family):
             return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False)
         except (TypeError, ValueError, KeyError, AttributeError, *template_errors()) as error:
             raise UserError(f"the chat template of {self.folder} cannot render this conversation: {error}") from None
+
+    def check_tools(self, tools: list, marked_tools: list, mark: str) -> None:
+        """UserError unless a conversation that says nothing else shows every tool's name."""
+        shown = self.render_text([{"role": "user", "content": ""}], marked_tools, False).replace(mark, "")
+        for name in (tool.get("function", tool).get("name", "") for tool in tools):
+            if name not in shown:
+                raise UserError(f"the chat template does not render the tool {name!r}; pass --tool_template qwen")
 
     def chat_template(self) -> str:
         """The folder's template: chat_template.jinja, chat_template.json, then the tokenizer's."""
@@ -87,6 +111,12 @@ class Qwen2(ChatML):
     blocks = ("model.layers",)
     lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+    @classmethod
+    def tiny_files(cls) -> dict[str, dict]:
+        files = super().tiny_files()
+        files["config.json"] |= {"architectures": ["Qwen2ForCausalLM"]}
+        return files
+
     def build(self) -> nn.Module:
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -100,13 +130,25 @@ class Qwen2(ChatML):
 
 
 def without_pictures(messages: list[dict]) -> list[dict]:
-    """The messages with None for each picture, so that only text is searched and copied."""
-    return [
-        dict(m, content=[dict(i, image=None) if i["type"] == "image" else i for i in m["content"]])
-        if isinstance(m.get("content"), list)
-        else dict(m, content=m.get("content") or "")
-        for m in messages
-    ]
+    """The messages with None for each picture, so that only text is searched and copied.
+
+    Neighbouring texts are joined (two halves of a special token must not meet later), and content without pictures
+    becomes one string: text templates know no lists.
+    """
+    return [dict(m, content=joined(m.get("content") or "")) for m in messages]
+
+
+def joined(content: str | list[dict]) -> str | list[dict]:
+    """Content with neighbouring texts as one; a string if there is no picture in it."""
+    if isinstance(content, str):
+        return content
+    items: list[dict] = []
+    for kind, run in groupby(content, key=lambda item: item["type"]):
+        if kind == "image":
+            items += [{"type": "image", "image": None} for _ in run]
+        else:
+            items.append({"type": "text", "text": "".join(item["text"] for item in run)})
+    return items if any(item["type"] == "image" for item in items) else flat(items)
 
 
 def restore_pictures(marked: list[dict], messages: list[dict]) -> list[dict]:
@@ -127,12 +169,16 @@ def flat(content: str | list[dict]) -> str:
 
 
 def check_calls(message: dict, response: str, number: int) -> None:
-    """UserError unless the response holds every tool call's name and arguments."""
+    """UserError unless the response holds, beside the turn's own words, every tool call's name and arguments."""
+    rest = response.replace(flat(joined(message.get("content") or "")), "", 1)
     for call in message.get("tool_calls") or []:
         function = call.get("function", call)
-        values = function.get("arguments") or {}
-        wanted = [function["name"], *(json.dumps(v, ensure_ascii=False) for v in values.values())]
-        missing = [text for text in wanted if text not in response]
+        name, values = function["name"], function.get("arguments") or {}
+        if not isinstance(values, dict):
+            raise UserError(f"assistant turn {number}: the arguments of {name} are no object: {values!r:.60}")
+        _, found, rest = rest.partition(name)  # calls stand in their order; the next one is searched behind this
+        wanted = [json.dumps(part, ensure_ascii=False) for pair in values.items() for part in pair]
+        missing = ([] if found else [name]) + [text for text in wanted if text not in rest]
         if missing:
             raise UserError(
                 f"assistant turn {number}: the chat template leaves {missing[0]} of its tool call out of the text, so it "
@@ -157,13 +203,16 @@ def render_with_tools(messages: list[dict], tools: list | None, default_system: 
             '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
             "</tool_call>"
         )
-    turns = [("system", system)] if system else []
-    for message in messages[1:] if messages[0]["role"] == "system" else messages:
+    has_system = messages[0]["role"] == "system"
+    turns = [("system", system)] if has_system or system else []
+    previous = None
+    for message in messages[has_system:]:
         role, text = message["role"], message["content"]
         if role == "tool":
             role, text = "user", f"<tool_response>\n{text}\n</tool_response>"
-            if turns and turns[-1][0] == "user" and turns[-1][1].endswith("</tool_response>"):
+            if previous == "tool":
                 text = turns.pop()[1] + "\n" + text
+        previous = message["role"]
         for call in message.get("tool_calls") or []:
             function = call.get("function", call)
             call_text = f'{{"name": {dump(function["name"])}, "arguments": {dump(function["arguments"])}}}'

@@ -43,8 +43,33 @@ class Qwen2_5_VL(ChatML):  # noqa: N801 - the model's name
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.image_token_id = self.config["image_token_id"]
+        self.image_token_id = self.config.get("image_token_id", 151655)
         self._processor = None
+
+    tiny_tokens = (
+        *ChatML.tiny_tokens, "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"
+    )
+
+    @classmethod
+    def tiny_files(cls) -> dict[str, dict]:
+        files = super().tiny_files()
+        files["config.json"] |= {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+            "vision_token_id": "<|vision_pad|>", "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+            "vision_config": {
+                "depth": 4, "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 44, "num_heads": 2, "in_chans": 3,
+                "out_hidden_size": 64, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
+                "window_size": 112, "fullatt_block_indexes": [1, 3], "tokens_per_second": 2, "temporal_patch_size": 2,
+            },
+        }
+        files["preprocessor_config.json"] = {
+            "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
+            "min_pixels": 3136, "max_pixels": 1003520, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        }
+        return files
 
     def build(self) -> nn.Module:
         from transformers import Qwen2_5_VLConfig
@@ -110,7 +135,7 @@ class Qwen2_5_VL(ChatML):  # noqa: N801 - the model's name
 
     @property
     def merge_size(self) -> int:
-        return self.config["vision_config"].get("spatial_merge_size", 2)
+        return self.config.get("vision_config", {}).get("spatial_merge_size", 2)
 
     def positions(self, input_ids: torch.Tensor, pixels: dict[str, torch.Tensor]) -> torch.Tensor:
         """(3, T): facts of the rule in the module's docstring; a picture's grid is counted in merged groups."""

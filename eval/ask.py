@@ -1,0 +1,116 @@
+"""One question or a dialogue, with a picture or without: what the model sees is what training puts before an answer.
+
+The turns go through the same template, tokens and picture rule as a row of training, so the answer equals the one that
+`python -m eval` gets for the same row. Boxes in an answer count pixels of the picture as the model sees it (resized), or
+thousandths of its sides, as the rows that trained it did; drawing needs to know which.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from data.images import open_image
+from data.labels import Example
+from eval.boxes import Box, draw_boxes, parse_boxes
+from eval.generate import generate
+from eval.metrics import parse_calls
+from eval.subject import Subject
+from model.family import Family
+
+MARK = "<image>"
+
+
+@dataclass
+class Dialogue:
+    """A conversation so far; the picture, if any, stands in the first question. box_scale is pixels or thousandths."""
+
+    subject: Subject
+    image: str | None = None
+    tools: list[dict] | None = None
+    max_new_tokens: int = 512
+    draw: str | None = None
+    box_scale: str = "pixels"
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    def ask(self, question: str) -> str:
+        """The model's answer; question and answer become part of the conversation."""
+        first = not any(message["role"] == "user" for message in self.messages)
+        content = place_picture(question, self.image) if first and self.image else question
+        self.messages.append({"role": "user", "content": content})
+        prompt = self.subject.family.encode_prompt(self.messages, self.tools)
+        with self.subject.precision.autocast():
+            answer = generate(self.subject.model, [prompt], self.max_new_tokens)[0]
+        self.messages.append({"role": "assistant", "content": answer.text})
+        if not answer.stopped:
+            print(f"note: cut at {self.max_new_tokens} tokens, see --max_new_tokens", file=sys.stderr)
+        if self.draw:
+            self.draw_answer(parse_boxes(answer.text), prompt)
+        return answer.text
+
+    def draw_answer(self, boxes: list[Box], prompt: Example) -> None:
+        """Write the picture with the answer's boxes on it; says so where the answer has none."""
+        if not boxes:
+            print(f"note: no box in the answer, {self.draw} is not written", file=sys.stderr)
+            return
+        picture = open_image(self.image)
+        width, height = (1000, 1000) if self.box_scale == "thousandths" else size_as_seen(self.subject.family, prompt, picture.size)
+        try:
+            draw_boxes(picture, boxes, (picture.width / width, picture.height / height)).save(self.draw)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--draw {self.draw}: cannot be written ({error}); give a file name such as answer.png") from None
+
+
+def place_picture(question: str, image: str) -> list[dict[str, Any]]:
+    """The question's parts: the picture where <image> stands in it, else in front."""
+    before, mark, after = question.partition(MARK) if MARK in question else ("", MARK, question)
+    parts = [{"type": "text", "text": before}, {"type": "image", "image": image}, {"type": "text", "text": after}]
+    return [part for part in parts if part.get("text", mark)]
+
+
+def size_as_seen(family: Family, prompt: Example, original: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the first picture after the family's resizing, where it keeps the picture whole as Qwen does."""
+    if "image_grid_thw" not in prompt.pixels:
+        return original
+    _, rows, columns = prompt.pixels["image_grid_thw"][0].tolist()
+    side = family.processor["patch_size"]
+    return columns * side, rows * side
+
+
+def in_short(text: str) -> str:
+    """The boxes or tool calls of an answer, a line each, as a program would read them; "" where there are none."""
+    calls = [json.dumps(call, ensure_ascii=False) for call in parse_calls(text)]
+    boxes = [" ".join(f"{number:g}" for number in box) for box in parse_boxes(text)] if not calls else []
+    return "\n".join([f"call: {call}" for call in calls] + [f"box: {box}" for box in boxes])
+
+
+def questions_from(prompt: str | None) -> Iterable[str]:
+    """The one question of the command line, or a line of standard input at a time until it ends."""
+    if prompt is not None:
+        yield prompt
+        return
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            print("you: ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+def read_tools(path: str | None) -> list[dict] | None:
+    """Tools from a JSON file: a list of function schemas. Raises UserError for anything else."""
+    if path is None:
+        return None
+    try:
+        tools = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--tools {path}: not a readable JSON file ({error})") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"--tools {path}: expected a list of function schemas, as in a row's `tools`")
+    return tools

@@ -1,0 +1,67 @@
+"""Boxes and points in text, and the arithmetic on them.
+
+Every data set writes boxes its own way, and a model that was trained on one and asked in the words of another mixes
+them, so all spellings are read: `<box>a b c d</box>` with blanks, commas or `(a,b),(c,d)`; `box=[[a,b,c,d]]`; a bare
+`[a, b, c, d]` or `(a,b),(c,d)`; Qwen's `<|box_start|>`; `<point>a b</point>`, a box without extent. What the numbers
+count (pixels, or thousandths of the picture) is the data set's affair: answer and label are read alike.
+"""
+
+import re
+
+from PIL import Image, ImageDraw
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 with x1 <= x2 and y1 <= y2
+
+NUMBER = r"-?\d+(?:\.\d+)?"
+PAIR = rf"\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)"
+SPELLINGS = re.compile(
+    r"<(?P<tag>box|point)>[^<]*</(?P=tag)>"
+    r"|<\|box_start\|>[^<]*<\|box_end\|>"
+    rf"|\[\s*{NUMBER}(?:[\s,]+{NUMBER}){{3}}\s*\]"
+    rf"|{PAIR}\s*,\s*{PAIR}"
+)
+
+
+def parse_boxes(text: str) -> list[Box]:
+    """All boxes and points of a text in reading order; a tag with another count of numbers than 4 or 2 is none."""
+    boxes = []
+    for found in SPELLINGS.finditer(text):
+        numbers = [float(n) for n in re.findall(NUMBER, found[0])]
+        if len(numbers) == 2:
+            numbers *= 2
+        if len(numbers) == 4:
+            x1, y1, x2, y2 = numbers
+            boxes.append((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
+    return boxes
+
+
+def centre(box: Box) -> tuple[float, float]:
+    """The point in the middle of a box."""
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def holds(box: Box, point: tuple[float, float]) -> bool:
+    """Whether a point lies in a box, its edge included."""
+    return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
+
+
+def intersection_over_union(a: Box, b: Box) -> float:
+    """Shared area / joint area, in [0, 1]; 0 where neither box has an area."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(width, 0) * max(height, 0)
+    joint = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - shared
+    return shared / joint if joint else 0.0
+
+
+def draw_boxes(picture: Image.Image, boxes: list[Box], scale: tuple[float, float]) -> Image.Image:
+    """A copy of the picture with the boxes in red; scale is (x, y), picture pixels a unit of the boxes. A point is a disc."""
+    copy = picture.convert("RGB")
+    pen, line = ImageDraw.Draw(copy), max(2, max(copy.size) // 400)
+    for x1, y1, x2, y2 in boxes:
+        corners = (x1 * scale[0], y1 * scale[1], x2 * scale[0], y2 * scale[1])
+        if (x1, y1) == (x2, y2):
+            pen.circle(corners[:2], 2 * line, fill="red")
+        else:
+            pen.rectangle(corners, outline="red", width=line)
+    return copy

@@ -1,0 +1,113 @@
+"""Evaluation inside a run: before the first step, while training and at the end, and the report that shows it.
+
+Every held-out set is a name and rows; a set's answers go to outputs/<name>.jsonl, each line saying when it was given, so
+that any figure can be computed again from the file. Evaluating before training costs one pass and pays twice: it shows
+what the model could do already, and a run whose evaluation would crash crashes before its first step.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from data.rows import Rows
+from eval.boxes import parse_boxes
+from eval.evaluate import evaluate
+from eval.tasks import Task, find_task
+from model.family import Model
+from training.journal import Journal
+from training.report import Report, Sample, read_report, write_report
+
+NUM_SAMPLES = 6  # rows of each set on the report's page
+NOT_COMPARED = ("num_rows", "num_problems", "num_tokens")
+
+
+class Examiner:
+    """The evaluation sets of one run, what was found on them before, and the report."""
+
+    def __init__(self, config: Any, model: Model, rows: Rows, precision: Any, journal: Journal, micro_tokens: int, step: int):
+        """step is where the run stands: lines of outputs/ that a resumed run will write again are dropped."""
+        self.config, self.model, self.rows, self.precision = config, model, rows, precision
+        self.journal, self.micro_tokens = journal, micro_tokens
+        self.folder = Path(config.output_dir)
+        self.task: Task | None = find_task(config.eval_task) if config.predict_with_generate or rows.test_set else None
+        self.figures: dict[str, dict[str, dict[str, float]]] = {}  # when -> set -> figure -> value
+        self.lines: dict[str, dict[str, list[dict]]] = {}  # when -> set -> lines
+        for path in (self.folder / "outputs").glob("*.jsonl"):
+            kept = [line for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if line["step"] <= step]
+            self.lines.setdefault("before", {})[path.stem] = [line for line in kept if line["when"] == "before"] if step else []
+            path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept) if step else "", encoding="utf-8")
+
+    def examine(self, step: int, when: str) -> None:
+        """Evaluate every set; when is "before", "during" or "after". The test set is answered once, after."""
+        for name, (records, indices) in self.rows.eval_sets.items():
+            self._examine_set(step, when, name, [records[i] for i in indices], self.config.predict_with_generate)
+        if when == "after" and self.rows.test_set:
+            records, indices = self.rows.test_set
+            self._examine_set(step, when, "test", [records[i] for i in indices], True)
+        if when != "before" and self.figures.get("before"):
+            write_report(self.folder / "report.html", self.page())
+
+    def _examine_set(self, step: int, when: str, name: str, records: list, answers: bool) -> None:
+        started = time.perf_counter()
+        path = self.folder / "outputs" / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file, self.precision.autocast():
+            found = evaluate(
+                self.model, records, self.task if answers else None, max_new_tokens=self.config.max_new_tokens,
+                batch_tokens=self.micro_tokens, output=file, extra={"when": when, "step": step},
+            )
+        self.figures.setdefault(when, {})[name] = found.figures
+        self.lines.setdefault(when, {})[name] = found.lines
+        shown = {"eval_loss" if key == "loss" else key: value for key, value in found.figures.items() if key != "num_tokens"}
+        self.journal.event("eval", step, set=name, seconds=time.perf_counter() - started, **shown)
+        print(f"{name} at step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
+
+    def compare(self) -> None:
+        """Write each figure's value before and after into the journal."""
+        for name, after in self.figures.get("after", {}).items():
+            before = self.figures.get("before", {}).get(name, {})
+            for key in (key for key in after if key in before and key not in NOT_COMPARED):
+                unit = "" if key == "loss" else "%"
+                scale = 100 if unit else 1
+                self.journal.event(
+                    "comparison", 0, name=f"{name}: {key.replace('_', ' ')}", before=scale * before[key], after=scale * after[key], unit=unit
+                )
+
+    def page(self) -> Report:
+        """The report's content: what lies in the folder, and samples of the rows answered before and after."""
+        report = read_report(self.folder)
+        for name, lines in self.lines.get("after", self.lines.get("during", {})).items():
+            before = {line["id"]: line for line in self.lines.get("before", {}).get(name, [])}
+            report.samples += [sample_of(before.get(line["id"], {}), line) for line in lines[:NUM_SAMPLES] if "response" in line]
+        return report
+
+    def close(self, finished: bool) -> None:
+        """Write the last report and print where it is; the built-in task's figures stand in front of it."""
+        path = self.folder / "report.html"
+        write_report(path, self.page())
+        if self.config.demo and finished:
+            for when in ("before", "after"):
+                print(f"{when} {100 * self.figures[when]['demo']['correct']:.1f} %")
+        print(f"report {path}")
+
+
+def sample_of(before: dict, after: dict) -> Sample:
+    """One row of the report from its lines before and after."""
+    picture, boxes = None, {}
+    if isinstance(after.get("image"), str):
+        from data.images import open_image
+
+        picture = open_image(after["image"])
+        texts = {"expected": after["label"], "before": before.get("response", ""), "after": after["response"]}
+        boxes = {f"{name}_box": next(iter(parse_boxes(text)), None) for name, text in texts.items()}
+    return Sample(
+        id=after["id"], prompt=after["prompt"], expected=after["label"], before=before.get("response"), after=after["response"],
+        picture=picture, before_right=is_right(before), after_right=is_right(after), **boxes,
+    )
+
+
+def is_right(line: dict) -> bool | None:
+    """Whether the task's first score of a line is full; None without a score."""
+    scores = [value for value in line.values() if isinstance(value, float)]
+    return bool(scores[0] == 1.0) if scores else None

@@ -1,0 +1,49 @@
+"""What is measured on which rows: one file a task in this folder, found by listing; TASK in it says the metrics.
+
+A new benchmark is one new file here. A single metric of your own needs none: `--task module:function`.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from data.errors import UserError
+from eval.metrics import Reply
+
+
+def means(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean of every score over the rows that have it; scores are the floats of a line."""
+    names = dict.fromkeys(name for line in lines for name, value in line.items() if isinstance(value, float))
+    return {name: fmean(line[name] for line in lines if name in line) for name in names}
+
+
+@dataclass
+class Task:
+    """The metrics of one benchmark, how its rows become figures (a line is one row of outputs/*.jsonl, answer and scores
+    in it), and how many tokens an answer may take."""
+
+    metrics: list[Callable[[Reply], dict[str, float]]]
+    summarize: Callable[[list[dict[str, Any]]], dict[str, float]] = means
+    max_new_tokens: int = 256
+
+
+def task_names() -> list[str]:
+    """The tasks of this folder."""
+    return sorted(info.name for info in pkgutil.iter_modules(__path__))
+
+
+def find_task(name: str) -> Task:
+    """The task of this name, or of one metric `module:function`. Raises UserError with what there is."""
+    if name in task_names():
+        return importlib.import_module(f"eval.tasks.{name}").TASK
+    module, _, function = name.partition(":")
+    if not function:
+        raise UserError(f"--task {name}: no such task; there are {', '.join(task_names())}, or module:function of your own")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--task {name}: {error}; module:function must be importable from the current folder") from None
+    return found if isinstance(found, Task) else Task([found])
