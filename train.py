@@ -4,17 +4,17 @@
     python train.py --base_model DIR --data_path FILE --use_lora --use_8bit
     python train.py --help
 
-The loop below is the whole of it: draw the examples of one optimizer step, count what their loss is divided by, run them
-in packed rows that fit the memory, clip, judge, update, write down, save when due. What is kept for a resume is one state
-object; what differs between SFT, DPO and RLOO is one file in stages/; what differs between models is one file in
-model/families/.
+Read Run.loop first: draw the examples of one optimizer step, count what their loss is divided by, run them in packed rows
+that fit the memory, clip, judge, update, write down, save when due. All that a resume needs beside weights and optimizer
+is one state object. What differs between SFT, DPO and RLOO is one file in stages/; what differs between models is one
+file in model/families/.
 """
 
 import math
 import shlex
+import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from data import demo
@@ -22,278 +22,334 @@ from data.errors import UserError, command
 from stages import list_stages
 from training.config import Config, read_config, to_yaml, trajectory
 
-
 TIME = "%Y-%m-%d %H:%M:%S"
 
 
 def main() -> int:
+    """Read the settings, run them; returns the exit code."""
     modules = list_stages()
-    config = read_config(sys.argv[1:], {name: module.Flags for name, module in modules.items()}, getattr(demo, 'SETTINGS', {}))
+    config = read_config(sys.argv[1:], {name: module.Flags for name, module in modules.items()}, demo.SETTINGS)
     if config.print_config:
         print(to_yaml(config), end="")
         return 0
-    return train(config, modules[config.stage].Stage)
+    from training.guards import open_folder
+
+    lock = open_folder(config.output_dir)
+    try:
+        return Run(config, modules[config.stage].Stage).train()
+    finally:
+        lock.release()
 
 
-def train(config: Config, stage_class: type) -> int:
-    """Run the training that config describes; returns the exit code (0, or 128 + the signal that ended it)."""
-    import torch
+class Run:
+    """One training run: everything it consists of, built in the order of __init__."""
 
-    from data.batches import Batches, Encoded
-    from data.labels import explain
-    from data.rows import open_rows
-    from eval.examiner import Examiner
-    from lora import adapter, files
-    from model import load_model
-    from model.checkpointing import checkpoint_blocks
-    from model.family import Options
-    from training import checkpoint, guards, memory, optim, precision
-    from training.journal import Journal
-    from training.rehearsal import MICRO_TOKENS, forecast, planned_parts, rehearse
+    def __init__(self, config: Config, stage_class: type):
+        import torch
 
-    # ---- the machine, and the folder of this run
-    device = memory.check_device(config.device)
-    dtypes = precision.choose(config.precision, device)
-    machine = memory.machine_line(device, config.output_dir)
-    print(machine)
-    folder = Path(config.output_dir)
-    lock = guards.open_folder(folder)
-    found = checkpoint.find_resume(folder, config.resume)
-    if config.demo:
-        demo.prepare(folder, config)
-    torch.manual_seed(config.seed)
+        from data.batches import Batches, Encoded
+        from data.rows import open_rows
+        from lora import adapter, files
+        from model import load_model
+        from model.checkpointing import checkpoint_blocks
+        from model.family import Options
+        from training import checkpoint, memory, optim, precision
 
-    # ---- the model, and what of it is trained
-    quant = "8bit" if config.use_8bit else "4bit" if config.use_4bit else None
-    storage = dtypes.frozen if config.use_lora else dtypes.full_8bit if "8bit" in config.optim else dtypes.full
-    options = Options(max_pixels=config.max_pixels, tool_template=config.tool_template, labels=config.labels)
-    model, family = load_model(config.base_model, quant, storage, device, options)
-    settings = adapter.Settings.from_config(config)
-    adapter.attach(model, family, settings)
-    if config.adapter:
-        files.load_adapter(model, family, config.adapter)
-    print(adapter.table_text(model))
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if config.gradient_checkpointing:
-        blocks = [block for name in family.blocks for block in model.net.get_submodule(name)]
-        checkpoint_blocks(blocks, config.offload_activations)
+        # the machine, and where the run stands
+        self.config, self.folder = config, Path(config.output_dir)
+        self.device = memory.check_device(config.device)
+        self.precision = precision.choose(config.precision, self.device)
+        self.machine = memory.machine_line(self.device, self.folder)
+        print(self.machine)
+        self.found = checkpoint.find_resume(self.folder, config.resume)
+        if config.demo:
+            demo.prepare(config)
+        torch.manual_seed(config.seed)
 
-    # ---- the rows
-    stage = stage_class(config.stage_options, family, None if config.max_length == "auto" else config.max_length)
-    rows = open_rows(config, family, folder)
-    dataset = Encoded(rows.train, stage.encode, rows.train_rows)
-    batches = Batches(dataset, config.batch_size * config.grad_accum, config.seed, config.num_workers)
-    last = config.max_steps or math.ceil(config.epochs * batches.steps_per_epoch)
-    print(rows.text + f"; {last} updates of {batches.step_rows} rows, {batches.steps_per_epoch} an epoch")
+        # the model, and what of it is trained
+        quant = "8bit" if config.use_8bit else "4bit" if config.use_4bit else None
+        kinds = self.precision
+        storage = kinds.frozen if config.use_lora else kinds.full_8bit if "8bit" in config.optim else kinds.full
+        options = Options(max_pixels=config.max_pixels, tool_template=config.tool_template, labels=config.labels)
+        self.model, self.family = load_model(config.base_model, quant, storage, self.device, options)
+        self.adapter_settings = adapter.Settings.from_config(config)
+        adapter.attach(self.model, self.family, self.adapter_settings)
+        if config.adapter:
+            files.load_adapter(self.model, self.family, config.adapter)
+        print(adapter.table_text(self.model))
+        if config.gradient_checkpointing:
+            blocks = [block for name in self.family.blocks for block in self.model.net.get_submodule(name)]
+            checkpoint_blocks(blocks, config.offload_activations)
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    # ---- the optimizer, and where the run stands
-    rate = config.learning_rate or family.learning_rate(full=not config.use_lora)
-    groups = optim.parameter_groups(model, config.weight_decay)
-    optimizer = optim.build_optimizer(config.optim, groups, rate, betas=(0.9, config.adam_beta2))
-    state = checkpoint.State(scaler=dtypes.scaler())
-    identity = trajectory(config) | {"data_sha256": rows.sha256}
+        # the rows, and the steps they make
+        max_length = None if config.max_length == "auto" else config.max_length
+        self.stage = stage_class(config.stage_options, self.family, max_length)
+        self.rows = open_rows(config, self.family, self.folder)
+        dataset = Encoded(self.rows.train, self.stage.encode, self.rows.train_rows)
+        self.batches = Batches(dataset, config.batch_size * config.grad_accum, config.seed, config.num_workers)
+        self.last = config.max_steps or math.ceil(config.epochs * self.batches.steps_per_epoch)
+        print(f"{self.rows.text}; {self.last} updates of {self.batches.step_rows}, {self.batches.steps_per_epoch} an epoch")
 
-    def snapshot() -> tuple[dict, dict]:
-        """Everything a resume needs, as files of tensors and of plain data."""
-        moments, numbers = optim.optimizer_tensors(optimizer)
-        tensors = {"trained": trained, "optimizer": moments, "random": checkpoint.capture_random()}
-        jsons = {"state.json": state.to_json(), "optimizer.json": numbers, "identity.json": identity}
-        return {f"{name}.safetensors": content for name, content in tensors.items()}, jsons
+        # the optimizer, and the state
+        self.rate = config.learning_rate or self.family.learning_rate(full=not config.use_lora)
+        groups = optim.parameter_groups(self.model, config.weight_decay)
+        self.optimizer = optim.build_optimizer(config.optim, groups, self.rate, betas=(0.9, config.adam_beta2))
+        self.state = checkpoint.State(scaler=self.precision.scaler())
+        self.identity = trajectory(config) | {"data_sha256": self.rows.sha256}
+        self.micro_tokens = self.choose_micro_tokens()
+        self.model.train()
 
-    if found:
-        state = resume(found, identity, trained, optimizer)
-        if state.step >= last:
-            print(f"nothing to do: {folder} has all {last} updates; raise --epochs or --max_steps in a new --output_dir")
-            return 0
-    else:
-        (folder / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
+    # ---- the loop ---------------------------------------------------------------------------------------------------
 
-    # ---- micro-batches, and the rehearsal
-    model.train()
+    def train(self) -> int:
+        """Resume or rehearse, loop, save, evaluate, export; returns 0, 128 + the signal that ended the run, or 1 where the
+        last checkpoint could not be saved."""
+        from eval.examiner import Examiner
+        from training.guards import Stop
+        from training.journal import Journal
 
-    def accumulate(examples: list, total: float, micro_tokens: int) -> tuple[float, dict]:
-        """Forward and backward of one optimizer step in packed rows; gradients add up to those of the sum / total."""
-        loss_sum, statistics = 0.0, {}
-        for row in stage.pack(examples, micro_tokens):
-            with dtypes.autocast():
-                loss, figures = stage.loss(model, row.to(device), total)
-            (loss * state.scaler.scale).backward()
-            loss_sum += loss.item()
-            statistics = {name: statistics.get(name, 0.0) + value for name, value in figures.items()}
-        return loss_sum, statistics
-
-    longest = [stage.encode(rows.train[i]) for i in rows.lengths.longest_rows[: batches.step_rows]]
-
-    def plan(tokens: int) -> list[tuple[str, float]]:
-        dropout = config.use_lora and config.lora_dropout > 0
-        return planned_parts(model, config.optim, tokens, tokens, config.gradient_checkpointing, dropout)
-
-    micro_tokens = config.micro_tokens
-    if micro_tokens == "auto":
-        micro_tokens = memory.choose_micro_tokens(
-            lambda tokens: sum(gib for _, gib in plan(tokens)), memory.free_gib(device), rows.lengths.longest, MICRO_TOKENS[device.type]
+        if self.found:
+            self.resume(self.found)
+            if self.state.step >= self.last:
+                print(f"nothing to do: {self.folder} has all its {self.last} updates; train longer in a new --output_dir")
+                return 0
+        else:
+            (self.folder / "run.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            expected = self.rehearse()
+        config = self.config
+        self.journal = Journal(self.folder, self.last, self.state.step, config.logging_steps, config.report_to)
+        examiner = Examiner(
+            config, self.model, self.rows, self.precision, self.journal, self.micro_tokens, self.state.step
         )
-    if not found:
-        def worst() -> int:
-            picked = fill(longest, micro_tokens)
-            accumulate(picked, stage.denominator(picked), micro_tokens)
-            return sum(map(len, picked))
-
-        per_position = rehearse(folder, model, optimizer, worst, snapshot)
-        expected = forecast(model, plan(micro_tokens), per_position, rows.mean_length * batches.step_rows, last)
-        print(f"forecast, with packed rows of {micro_tokens} positions:\n{expected.text()}")
-        print(f"a row as the model sees it, supervised tokens marked:\n{explain(longest[-1], family.tokenizer)[:4000]}")
-
-    # ---- the loop
-    journal = Journal(folder, last, state.step, config.logging_steps, config.report_to)
-    if not found:
-        journal.event("start", 0, command=shlex.join(["python", "train.py", *sys.argv[1:]]), machine=machine, versions=versions(),
-                      time=time.strftime(TIME), last_step=last, data=rows.files, trainable=adapter.trainable_table(model))
-        journal.event("forecast", 0, gib=expected.parts, seconds_per_update=expected.seconds_per_update, hours=expected.hours)
-    examiner = Examiner(config, model, rows, dtypes, journal, micro_tokens, state.step)
-    if not found:
-        examiner.examine(0, "before")
-    stop = guards.Stop()
-    steps = batches.steps(state.step, last)
-    while state.step < last and not stop.requested:
-        started = time.perf_counter()
-        examples = rows.usable(next(steps))  # 1 the examples of one optimizer step
-        waited = time.perf_counter() - started
-        total = stage.denominator(examples)  # 2 the denominator, before any forward
-        loss, figures, micro_tokens = with_less_memory(accumulate, examples, total, micro_tokens, optimizer)  # 3
-        overflowed = state.scaler.unscale(trained.values())
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm or math.inf).item()  # 4
-        verdict = guards.judge(loss, norm, state.statistics, loss_scale=state.scaler.scale)  # 5
-        multiplier = optim.schedule(config.lr_schedule, state.step, config.warmup_steps, last)
-        if verdict.action == "update":
-            for group in optimizer.param_groups:
-                group["lr"] = rate * multiplier
-            optimizer.step()
-        state.scaler.update(overflowed)
-        optimizer.zero_grad(set_to_none=True)
-        supervised = sum(example.num_supervised for example in examples)
-        state.advance(len(examples), supervised)  # 6 the one state object
-        journal.step(  # 7
-            state.step, epoch=state.step / batches.steps_per_epoch, loss=loss, lr=rate * multiplier, grad_norm=norm,
-            supervised_tokens=supervised, seconds=time.perf_counter() - started, data_wait=waited,
-            memory=memory.peak_gib(device), rows=None if verdict.action == "update" else [e.id for e in examples], **figures,
-        )
-        if verdict.action != "update":
-            journal.event(verdict.action, state.step, reason=verdict.reason)
-            print(f"step {state.step}: no update, because {verdict.reason}; rows: {', '.join(e.id for e in examples)}")
-        if verdict.action == "stop":
-            raise UserError(f"{verdict.reason}; the weights are those of step {state.step - guards.MAX_BAD}, see journal.jsonl")
-        finished = state.step == last
-        if finished or due(config.eval_every, state.step, batches.steps_per_epoch):  # 8
-            examiner.examine(state.step, "after" if finished else "during")
-        if finished or stop.requested or due(config.save_every, state.step, batches.steps_per_epoch):
-            began = time.perf_counter()
-            problem = checkpoint.commit(folder, state.step, *snapshot(), keep=config.save_total_limit)
-            if problem:
-                print(f"warning: {problem}; the run goes on and saves again when next due", file=sys.stderr)
-            journal.event("commit", state.step, seconds=time.perf_counter() - began, problem=problem)
-
-    # ---- the end
-    finished = state.step == last
-    examiner.compare()
-    journal.event("finish", state.step, reason="finished" if finished else "stopped by a signal", time=time.strftime(TIME))
-    journal.close()
-    if finished:
-        export(config, settings, model, folder)
-    examiner.close(finished)
-    lock.release()
-    return 0 if finished else stop.exit_code
-
-
-def resume(found: Path, identity: dict, trained: dict, optimizer):
-    """Put a checkpoint back: weights, optimizer, random state; returns its State. Raises UserError where this run is
-    another one: other settings that decide the weights, other rows, other trained parameters."""
-    import torch
-
-    from training import checkpoint, optim
-
-    tensors, jsons = checkpoint.load(found)
-    saved = jsons["identity.json"]
-    changed = [f"{key} was {saved.get(key)}, is {value}" for key, value in identity.items() if saved.get(key) != value]
-    if changed:
-        raise UserError(f"{found} is of a run with other settings: {'; '.join(changed)}; give those again, or another --output_dir")
-    weights = tensors["trained.safetensors"]
-    if set(weights) != set(trained):
-        odd = sorted(set(weights) ^ set(trained))
-        raise UserError(f"{found} holds other trained tensors than this run: {', '.join(odd[:3])}")
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(weights[name])
-    optim.load_optimizer_tensors(optimizer, tensors["optimizer.safetensors"], jsons["optimizer.json"])
-    checkpoint.restore_random(tensors["random.safetensors"])
-    state = checkpoint.State.from_json(jsons["state.json"])
-    print(f"resumed from {found}, after step {state.step}")
-    return state
-
-
-def export(config: Config, settings, model, folder: Path) -> None:
-    """Write adapter/ or model/, whole or not at all, and the README that says what to do with it."""
-    import shutil
-
-    from lora import files
-    from model import save_model
-    from training.readme import write_readme
-
-    name = "adapter" if config.use_lora else "model"
-    temporary = folder / f".{name}.part"
-    shutil.rmtree(temporary, ignore_errors=True)
-    if config.use_lora:
-        files.save_adapter(model, model.family, temporary, settings, config.base_model)
-    else:
-        save_model(model, temporary)
-    shutil.rmtree(folder / name, ignore_errors=True)
-    temporary.rename(folder / name)
-    write_readme(folder, config, model.family)
-
-
-def with_less_memory(accumulate: Callable, examples: list, total: float, micro_tokens: int, optimizer) -> tuple[float, dict, int]:
-    """accumulate(...); out of memory anywhere drops all gradients, restores the random state and redoes the whole step
-    with rows of half the size, down to one example a row. Returns (loss, statistics, the size that worked)."""
-    from training.checkpoint import capture_random, restore_random
-    from training.guards import is_out_of_memory
-
-    random = capture_random()
-    while True:
+        if not self.found:
+            self.write_opening(expected)
+            examiner.examine(0, "before")
+        stop = Stop()
         try:
-            return *accumulate(examples, total, micro_tokens), micro_tokens
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
+            self.loop(stop, examiner)
+        except RuntimeError:
+            if not stop.requested:  # the signal went to the whole group and took a data worker first
                 raise
-        optimizer.zero_grad(set_to_none=True)
-        restore_random(random)
-        if micro_tokens <= min(map(len, examples)):
-            raise UserError(
-                f"out of memory with one row of {max(map(len, examples))} positions at a time; lower --max_pixels or "
-                "--max_length, or use --use_8bit or --use_4bit. The last checkpoint is whole: --resume yes goes on from it"
+        saved = self.commit()
+        finished = self.state.step == self.last
+        if finished:
+            examiner.examine(self.last, "after")
+            self.export()
+        stop.restore()
+        examiner.compare()
+        reason = "finished" if finished else "stopped by a signal"
+        self.journal.event("finish", self.state.step, reason=reason, time=time.strftime(TIME))
+        self.journal.close()
+        examiner.close(finished)
+        return stop.exit_code if not finished else 0 if saved else 1
+
+    def loop(self, stop, examiner) -> None:
+        """Optimizer steps until the last one, or until a signal asks to stop."""
+        import torch
+
+        from training import guards, memory, optim
+
+        config, state, per_epoch = self.config, self.state, self.batches.steps_per_epoch
+        steps = self.batches.steps(state.step, self.last)
+        while state.step < self.last and not stop.requested:
+            started = time.perf_counter()
+            examples = self.rows.usable(next(steps))  # 1 the examples of one optimizer step
+            waited = time.perf_counter() - started
+            total = self.stage.denominator(examples)  # 2 what the loss is divided by, before any forward
+            loss, figures = self.forward_backward(examples, total)  # 3 packed rows; every loss is a sum / total
+            overflowed = state.scaler.unscale(self.trained.values())
+            norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), config.max_grad_norm or math.inf).item()  # 4
+            verdict = guards.judge(loss, norm, state.statistics, config.skip_spikes, state.scaler.scale)  # 5
+            rate = self.rate * optim.schedule(config.lr_schedule, state.step, config.warmup_steps, self.last)
+            if verdict.action == "update":
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                self.optimizer.step()
+            state.scaler.update(overflowed)
+            self.optimizer.zero_grad(set_to_none=True)
+            num_supervised = sum(example.num_supervised for example in examples)
+            state.advance(len(examples), num_supervised)  # 6 the one state object
+            self.journal.step(  # 7 one line on screen, one on disk
+                state.step, epoch=state.step / per_epoch, loss=loss, lr=rate, grad_norm=norm,
+                supervised_tokens=num_supervised, seconds=time.perf_counter() - started, data_wait=waited,
+                memory=memory.peak_gib(self.device), rows=None if verdict.action == "update" else [e.id for e in examples],
+                **figures,
             )
-        micro_tokens //= 2
-        print(f"out of memory: the step is done again with packed rows of {micro_tokens} positions")
+            if verdict.action != "update":
+                self.no_update(verdict, examples)
+            if state.step < self.last and due(config.eval_every, state.step, per_epoch):  # 8 evaluate, save
+                examiner.examine(state.step, "during")
+            if state.step < self.last and due(config.save_every, state.step, per_epoch):
+                self.commit()
+
+    def forward_backward(self, examples: list, total: float) -> tuple[float, dict[str, float]]:
+        """Gradients of the step's loss, and its value. Out of memory anywhere drops all gradients, restores the random
+        state and redoes the whole step in rows of half the size: the cut into rows cannot change the gradient."""
+        from training import checkpoint, guards
+
+        random = checkpoint.capture_random()
+        while True:
+            try:
+                return self.accumulate(examples, total)
+            except (RuntimeError, MemoryError) as error:
+                if not guards.is_out_of_memory(error):
+                    raise
+            self.optimizer.zero_grad(set_to_none=True)
+            checkpoint.restore_random(random)
+            longest, shortest = max(map(len, examples)), min(map(len, examples))
+            if self.micro_tokens <= shortest:
+                raise UserError(
+                    f"out of memory with one row of {longest} positions at a time; lower --max_pixels or --max_length, or "
+                    "use --use_8bit or --use_4bit. The last checkpoint is whole: --resume yes goes on from it"
+                )
+            self.micro_tokens = min(self.micro_tokens, sum(map(len, examples))) // 2
+            print(f"out of memory: the step is done again in packed rows of {self.micro_tokens} positions")
+
+    def accumulate(self, examples: list, total: float) -> tuple[float, dict[str, float]]:
+        """Forward and backward of every packed row of a step."""
+        loss_sum, figures = 0.0, {}
+        for row in self.stage.pack(examples, self.micro_tokens):
+            with self.precision.autocast():
+                loss, more = self.stage.loss(self.model, row.to(self.device), total)
+            (loss * self.state.scaler.scale).backward()
+            loss_sum += loss.item()
+            figures = {name: figures.get(name, 0.0) + value for name, value in more.items()}
+        return loss_sum, figures
+
+    def no_update(self, verdict, examples: list) -> None:
+        """Write down a step whose update was not made, and why; end the run if the judge says so."""
+        step = self.state.step
+        self.journal.event(verdict.action, step, reason=verdict.reason)
+        print(f"step {step}: no update, because {verdict.reason}; rows: {', '.join(e.id for e in examples)}")
+        if verdict.action == "stop":
+            raise UserError(f"step {step}: {verdict.reason}; the rows are in {self.folder}/journal.jsonl, the weights as before")
+
+    # ---- before the first step ------------------------------------------------------------------------------------------
+
+    def plan(self, tokens: int) -> list[tuple[str, float]]:
+        """(part, GiB) of this run with packed rows of so many positions."""
+        from training.rehearsal import planned_parts
+
+        config = self.config
+        dropout = config.use_lora and config.lora_dropout > 0
+        return planned_parts(self.model, config.optim, tokens, config.gradient_checkpointing, dropout)
+
+    def choose_micro_tokens(self) -> int:
+        """The longest packed row: as asked for, or what fits the free memory."""
+        from training import memory
+        from training.rehearsal import MICRO_TOKENS
+
+        if self.config.micro_tokens != "auto":
+            return self.config.micro_tokens
+        needed = lambda tokens: sum(gib for _, gib in self.plan(tokens))  # noqa: E731
+        free, most = memory.free_gib(self.device), MICRO_TOKENS[self.device.type]
+        return memory.choose_micro_tokens(needed, free, self.rows.lengths.longest, most)
+
+    def rehearse(self):
+        """Run the worst of the run once and undo it; print the forecast and a row as the model sees it."""
+        from data.batches import Encoded
+        from data.labels import explain
+        from training.rehearsal import fill, forecast, rehearse
+
+        rows = self.rows
+        candidates = Encoded(rows.train, self.stage.encode, rows.lengths.longest_rows[: self.batches.step_rows])
+        longest = rows.usable([candidates[i] for i in range(len(candidates))])
+        worst = fill(longest, self.micro_tokens)
+
+        def backward() -> int:
+            self.accumulate(worst, self.stage.denominator(worst))
+            return sum(map(len, worst))
+
+        per_position = rehearse(self.folder, self.model, self.optimizer, backward, self.snapshot)
+        positions = rows.mean_length * self.batches.step_rows
+        expected = forecast(self.model, self.plan(self.micro_tokens), per_position, positions, self.last)
+        print(f"forecast, with packed rows of {self.micro_tokens} positions:\n{expected.text()}")
+        print(f"a row as the model sees it, supervised tokens marked:\n{explain(longest[-1], self.family.tokenizer)[:4000]}")
+        return expected
+
+    def write_opening(self, expected) -> None:
+        """The journal's first records: what runs where on what, and what it is expected to take."""
+        from importlib.metadata import version
+
+        from lora.adapter import trainable_table
+
+        libraries = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
+        self.journal.event(
+            "start", 0, command=shlex.join(["python", "train.py", *sys.argv[1:]]), machine=self.machine,
+            versions={name: version(name) for name in libraries}, time=time.strftime(TIME), last_step=self.last,
+            data=self.rows.files, trainable=trainable_table(self.model),
+        )
+        self.journal.event(
+            "forecast", 0, gib=expected.parts, seconds_per_update=expected.seconds_per_update, hours=expected.hours
+        )
+
+    # ---- saving -----------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> tuple[dict, dict]:
+        """Everything a resume needs, as files of tensors and files of plain data."""
+        from training import checkpoint, optim
+
+        moments, numbers = optim.optimizer_tensors(self.optimizer)
+        tensors = {"trained": self.trained, "optimizer": moments, "random": checkpoint.capture_random()}
+        jsons = {"state": self.state.to_json(), "optimizer": numbers, "identity": self.identity}
+        return {f"{k}.safetensors": v for k, v in tensors.items()}, {f"{k}.json": v for k, v in jsons.items()}
+
+    def commit(self) -> bool:
+        """Save a checkpoint; where the disk refuses, say so and go on. Returns whether it is saved."""
+        from training import checkpoint
+
+        began = time.perf_counter()
+        problem = checkpoint.commit(self.folder, self.state.step, *self.snapshot(), keep=self.config.save_total_limit)
+        if problem:
+            print(f"warning: {problem}; the run goes on and saves again when next due", file=sys.stderr)
+        self.journal.event("commit", self.state.step, seconds=time.perf_counter() - began, problem=problem)
+        return problem is None
+
+    def resume(self, found: Path) -> None:
+        """Put a checkpoint back: weights, optimizer, random state, state. Raises UserError where this run is another
+        one: other settings that decide the weights, other rows, other trained parameters."""
+        import torch
+
+        from training import checkpoint, optim
+
+        tensors, jsons = checkpoint.load(found)
+        saved, weights = jsons["identity.json"], tensors["trained.safetensors"]
+        changed = [f"{key} was {saved.get(key)}, is {value}" for key, value in self.identity.items() if saved.get(key) != value]
+        if changed:
+            raise UserError(f"{found} is of a run with other settings: {'; '.join(changed)}; give those, or another --output_dir")
+        if set(weights) != set(self.trained):
+            odd = sorted(set(weights) ^ set(self.trained))
+            raise UserError(f"{found} holds other trained tensors than this run: {', '.join(odd[:3])}")
+        with torch.no_grad():
+            for name, p in self.trained.items():
+                p.copy_(weights[name])
+        optim.load_optimizer_tensors(self.optimizer, tensors["optimizer.safetensors"], jsons["optimizer.json"])
+        checkpoint.restore_random(tensors["random.safetensors"])
+        self.state = checkpoint.State.from_json(jsons["state.json"])
+        print(f"resumed from {found}, after step {self.state.step}")
+
+    def export(self) -> None:
+        """Write adapter/ or model/, whole or not at all, and the README that says what to do with it."""
+        from lora import files
+        from model import save_model
+        from training.readme import write_readme
+
+        target = self.folder / ("adapter" if self.config.use_lora else "model")
+        part = target.with_name(f".{target.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        if self.config.use_lora:
+            files.save_adapter(self.model, self.family, part, self.adapter_settings, self.config.base_model)
+        else:
+            save_model(self.model, part)
+        shutil.rmtree(target, ignore_errors=True)
+        part.rename(target)
+        write_readme(self.folder, self.config, self.family)
 
 
 def due(every: int | str, step: int, steps_per_epoch: int) -> bool:
-    """Whether something that happens every N steps, every "epoch" or "no" time happens after this step."""
+    """Whether what happens every N steps, every "epoch" or "no" time happens after this step."""
     return every != "no" and step % (steps_per_epoch if every == "epoch" else every) == 0
-
-
-def fill(examples: list, micro_tokens: int) -> list:
-    """As many of the longest examples as fill one packed row."""
-    picked = [examples[0]]
-    for example in examples[1:]:
-        if sum(map(len, picked)) + len(example) <= micro_tokens:
-            picked.append(example)
-    return picked
-
-
-def versions() -> dict[str, str]:
-    """The libraries that a run's figures depend on."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")}
 
 
 if __name__ == "__main__":

@@ -130,6 +130,7 @@ class Batches:
             batch_sampler=self.rows(start, stop),
             collate_fn=list,
             num_workers=self.num_workers,
+            multiprocessing_context="fork" if self.num_workers else None,  # the default changes with Python 3.14
             prefetch_factor=4 if self.num_workers else None,
             generator=torch.Generator(),  # the loader draws a seed for its workers: not from the run's random state
         )

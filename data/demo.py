@@ -271,3 +271,12 @@ def tokenizer_text() -> list[str]:
     for word in KNOWN_WORDS + OTHER_WORDS + FIELD_WORDS:
         lines += [ask_where(word), word] * 20
     return lines
+
+
+# ---- the demo as a run ----------------------------------------------------------------------------------------------------
+
+SETTINGS: dict = {}  # settings of `python train.py` without arguments, over Config's defaults
+
+
+def prepare(config) -> None:
+    """Write the rows of the demo below its output folder."""

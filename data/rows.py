@@ -64,10 +64,12 @@ class Rows:
         return [e for e in examples if not isinstance(e, UserError)]
 
     def refuse(self, bad: list[dict]) -> None:
-        """Take rows into the list of refused ones and write the file anew."""
-        if not bad:
+        """Take rows into the list of refused ones, each once, and write the file anew."""
+        known = {row["where"] for row in self.bad}
+        new = [row for row in bad if row["where"] not in known]
+        if not new:
             return
-        self.bad += bad
+        self.bad += new
         self.bad_path.write_text("".join(json.dumps(row) + "\n" for row in self.bad), encoding="utf-8")
 
 

@@ -3,8 +3,8 @@
     python -m eval --model DIR --data_path rows.jsonl --task box
     python -m eval ask --model DIR --image screen.png --draw answer.png "where is the search field?"
 
-DIR is a model folder, a merged folder, a run's output folder or an adapter folder. Rows with a problem are listed in
-the output and counted; the command fails only where nothing could be scored.
+DIR is a model folder, a merged folder, a run's output folder or an adapter folder. A row that no metric can judge is
+listed and counted, and the command fails only where no row could be scored.
 """
 
 import argparse
@@ -33,15 +33,17 @@ def score_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m eval", description="Score a model's answers to the rows of a file.",
         epilog="python -m eval ask --help: one question, or a dialogue.", allow_abbrev=False,
-    )  # fmt: skip
+    )
     add_model_flags(parser)
     parser.add_argument("--data_path", required=True, metavar="FILE", help="rows; the last answer of each is its label")
-    parser.add_argument("--task", default="auto", help=f"{tasks}, or module:function of your own (default auto: by label)")
-    parser.add_argument("--image_root", metavar="DIR", help="folder that picture paths are relative to; default: the rows' folder")
-    parser.add_argument("--output_dir", metavar="DIR", help="folder for outputs/TASK.jsonl and TASK.json; default: the run's, or .")
-    parser.add_argument("--max_new_tokens", type=positive, metavar="N", help="tokens of an answer at most; default: the task's")
+    parser.add_argument("--task", default="auto", help=f"{tasks}, or module:function of yours (default auto: by label)")
+    parser.add_argument("--image_root", metavar="DIR", help="folder of the pictures; default: the rows' folder")
+    parser.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="what a broken row does (stop)")
+    parser.add_argument("--output_dir", metavar="DIR", help="where outputs/TASK.jsonl and TASK.json go; default: eval/ "
+                        "in the run's folder, else the current folder")
+    parser.add_argument("--max_new_tokens", type=positive, metavar="N", help="longest answer; default: the task's")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
-    parser.add_argument("--batch_tokens", type=positive, default=16384, metavar="N", help="positions at once (default 16384)")
+    parser.add_argument("--batch_tokens", type=positive, default=16384, metavar="N", help="positions at once (16384)")
     return parser
 
 
@@ -52,25 +54,26 @@ def ask_parser() -> argparse.ArgumentParser:
     )
     add_model_flags(parser)
     parser.add_argument("prompt", nargs="?", help="the question, <image> where the picture stands (default: in front); "
-                        "without one, a line of standard input at a time")  # fmt: skip
+                        "without one, a line of standard input at a time")
     parser.add_argument("--image", metavar="FILE", help="picture of the first question")
     parser.add_argument("--system", metavar="TEXT", help="system turn, where the training rows had one")
     parser.add_argument("--tools", metavar="FILE", help="JSON list of tools, as in the training rows")
     parser.add_argument("--draw", metavar="OUT.png", help="write the picture with the answer's box on it")
     parser.add_argument("--box_scale", choices=("pixels", "thousandths"), default="pixels",
-                        help="what boxes count: pixels of the picture as the model sees it (default), or thousandths of it")  # fmt: skip
-    parser.add_argument("--max_new_tokens", type=positive, default=512, metavar="N", help="tokens of an answer at most (512)")
+                        help="what boxes count: pixels of the picture as the model sees it (default), or thousandths")
+    parser.add_argument("--max_new_tokens", type=positive, default=512, metavar="N", help="longest answer (512)")
     return parser
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """What both commands say about the model; a default of None is what the run was trained with."""
-    parser.add_argument("--model", required=True, metavar="DIR", help="model, merged, run or adapter folder, or a hub id")
-    parser.add_argument("--adapter", metavar="DIR", help="adapter folder on top of --model")
-    parser.add_argument("--quant", choices=("8bit", "4bit", "none"), help="hold the base in 8 or 4 bits; default: as trained")
-    parser.add_argument("--max_pixels", type=positive, metavar="N", help="pixels of one picture at most; default: as trained")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), help="computing type; default: as trained")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda; auto: the CUDA card if there is one")
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="model, merged, run or adapter folder, or a hub id")
+    add("--adapter", metavar="DIR", help="adapter folder on top of --model")
+    add("--quant", choices=("8bit", "4bit", "none"), help="bits the base is held in; default: as trained")
+    add("--max_pixels", type=positive, metavar="N", help="pixels of one picture at most; default: as trained")
+    add("--precision", choices=("auto", "bf16", "fp16", "fp32"), help="computing type; default: as trained")
+    add("--device", default="auto", help="auto, cpu or cuda; auto: the CUDA card if there is one")
 
 
 def positive(text: str) -> int:
@@ -87,16 +90,18 @@ def open_model(flags: argparse.Namespace):
     return open_subject(flags.model, flags.adapter, flags.quant, flags.max_pixels, flags.precision, flags.device)
 
 
-def score(flags: argparse.Namespace) -> int:
-    """`python -m eval`: exit code 0, or 1 where rows had a problem."""
+def score(flags: argparse.Namespace) -> None:
+    """`python -m eval`. Raises UserError for what cannot be opened, and where no row could be scored."""
     from data.records import open_records
     from eval.evaluate import evaluate
     from eval.tasks import find_task
 
     task = find_task(flags.task)
-    records = open_records(flags.data_path, flags.image_root, on_bad_row="skip")
+    records = open_records(flags.data_path, flags.image_root, on_bad_row=flags.on_bad_row)
+    if records.bad:
+        print(f"skipped {len(records.bad)} of {len(records) + len(records.bad)} rows")
     subject = open_model(flags)
-    folder = Path(flags.output_dir or subject.run or ".") / "outputs"
+    folder = Path(flags.output_dir or (subject.run / "eval" if subject.run else ".")) / "outputs"
     name = flags.task.rpartition(":")[2]
     chosen = [records[i] for i in range(min(len(records), flags.limit or len(records)))]
     try:
@@ -108,15 +113,17 @@ def score(flags: argparse.Namespace) -> int:
         for row in records.bad:
             output.write(json.dumps(row, ensure_ascii=False) + "\n")
         result = evaluate(
-            subject.model, chosen, task, max_new_tokens=flags.max_new_tokens, batch_tokens=flags.batch_tokens, output=output
+            subject.model, chosen, task, max_new_tokens=flags.max_new_tokens, batch_tokens=flags.batch_tokens,
+            output=output,
         )
     problems = records.bad + [line for line in result.lines if "problem" in line]
     figures = result.figures | {"num_rows": len(chosen) + len(records.bad), "num_problems": len(problems)}
     summary = {"task": flags.task, "model": flags.model, "adapter": flags.adapter, "data": flags.data_path} | figures
     (folder / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     report(figures, problems)
+    if "stop_rate" not in figures:
+        raise UserError(f"no row could be scored by --task {flags.task}; {output.name} says why for each")
     print(f"answers in {output.name}")
-    return 1 if problems else 0
 
 
 def report(figures: dict[str, float], problems: list[dict[str, Any]]) -> None:
@@ -130,7 +137,7 @@ def report(figures: dict[str, float], problems: list[dict[str, Any]]) -> None:
         print(f"and {len(problems) - PROBLEMS_SHOWN} more rows with a problem", file=sys.stderr)
 
 
-def ask(flags: argparse.Namespace) -> None:
+def ask(flags: argparse.Namespace) -> int | None:
     """`python -m eval ask`."""
     from data.images import open_image
     from eval.ask import Dialogue, in_short, questions_from, read_tools
@@ -143,9 +150,12 @@ def ask(flags: argparse.Namespace) -> None:
     dialogue = Dialogue(open_model(flags), flags.image, tools, flags.max_new_tokens, flags.draw, flags.box_scale)
     if flags.system:
         dialogue.messages.append({"role": "system", "content": flags.system})
-    for question in questions_from(flags.prompt):
-        answer = dialogue.ask(question)
-        print("\n".join(filter(None, [answer, in_short(answer)])), flush=True)
+    try:
+        for question in questions_from(flags.prompt):
+            answer = dialogue.ask(question)
+            print("\n".join(filter(None, [answer, in_short(answer)])), flush=True)
+    except KeyboardInterrupt:  # how people leave a dialogue
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One question or a dialogue, with a picture or without: what the model sees is what training puts before an answer.
 
 The turns go through the same template, tokens and picture rule as a row of training, so the answer equals the one that
-`python -m eval` gets for the same row. Boxes in an answer count pixels of the picture as the model sees it (resized), or
-thousandths of its sides, as the rows that trained it did; drawing needs to know which.
+`python -m eval` gets for the same row. Boxes in an answer count pixels of the picture as the model sees it (resized),
+or thousandths of its sides, as the rows that trained it did; drawing needs to know which.
 """
 
 import json
@@ -56,12 +56,13 @@ class Dialogue:
         if not boxes:
             print(f"note: no box in the answer, {self.draw} is not written", file=sys.stderr)
             return
-        picture = open_image(self.image)
-        width, height = (1000, 1000) if self.box_scale == "thousandths" else size_as_seen(self.subject.family, prompt, picture.size)
+        picture, width, height = open_image(self.image), 1000, 1000
+        if self.box_scale == "pixels":
+            width, height = size_as_seen(self.subject.family, prompt, picture.size)
         try:
             draw_boxes(picture, boxes, (picture.width / width, picture.height / height)).save(self.draw)
         except (OSError, ValueError) as error:
-            raise UserError(f"--draw {self.draw}: cannot be written ({error}); give a file name such as answer.png") from None
+            raise UserError(f"--draw {self.draw}: not written ({error}); give a name such as answer.png") from None
 
 
 def place_picture(question: str, image: str) -> list[dict[str, Any]]:
@@ -72,7 +73,7 @@ def place_picture(question: str, image: str) -> list[dict[str, Any]]:
 
 
 def size_as_seen(family: Family, prompt: Example, original: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of the first picture after the family's resizing, where it keeps the picture whole as Qwen does."""
+    """(width, height) of the first picture after resizing, in a family that keeps the picture whole as Qwen does."""
     if "image_grid_thw" not in prompt.pixels:
         return original
     _, rows, columns = prompt.pixels["image_grid_thw"][0].tolist()

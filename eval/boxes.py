@@ -55,7 +55,7 @@ def intersection_over_union(a: Box, b: Box) -> float:
 
 
 def draw_boxes(picture: Image.Image, boxes: list[Box], scale: tuple[float, float]) -> Image.Image:
-    """A copy of the picture with the boxes in red; scale is (x, y), picture pixels a unit of the boxes. A point is a disc."""
+    """A copy of the picture with the boxes in red, points as discs; scale is (x, y) pixels a unit of the boxes."""
     copy = picture.convert("RGB")
     pen, line = ImageDraw.Draw(copy), max(2, max(copy.size) // 400)
     for x1, y1, x2, y2 in boxes:

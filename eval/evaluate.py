@@ -8,7 +8,7 @@ metric cannot judge, is a line with its problem, and no score of another row tak
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -51,9 +51,9 @@ def evaluate(
     """The loss of the labels and, with a task, greedy answers and their scores.
 
     A row is one line {**extra, id, where, image?, prompt, response, label, stopped, scores...}, one with a problem
-    {**extra, id, where, problem}; lines go to output as JSON. A row longer than max_length is a problem, as in training.
-    batch_tokens bounds the positions that run at once. Runs in the caller's autocast; the modules' modes are put back,
-    and no shared random state is drawn from.
+    {**extra, id, where, problem}; lines go to output as JSON. A row longer than max_length is a problem, as it is in
+    training. batch_tokens bounds the positions that run at once. Runs in the caller's autocast; the modules' modes are
+    put back, and no shared random state is drawn from.
     """
     records, lines = list(records), []
     total, count = 0.0, 0
@@ -84,7 +84,9 @@ def evaluate(
     return Evaluation(figures, lines)
 
 
-def encode_rows(family: Family, records: list[Record], max_length: int | None, write) -> Iterator[tuple[Record, Example]]:
+def encode_rows(
+    family: Family, records: list[Record], max_length: int | None, write: Callable[[dict[str, Any]], None]
+) -> Iterator[tuple[Record, Example]]:
     """Each record with its example; one that cannot be encoded is written as a line with the problem."""
     for record in records:
         try:
@@ -140,7 +142,7 @@ def answer_start(example: Example) -> int:
 
 
 def prompt_of(family: Family, example: Example) -> Example:
-    """The example up to its last trained answer: the ids of family.encode_prompt, without opening its pictures again."""
+    """The example up to its last trained answer: the ids of family.encode_prompt, its pictures not opened again."""
     end = answer_start(example)
     return family.example(example.input_ids[:end], [NO_LOSS] * end, example.pixels)
 

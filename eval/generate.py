@@ -64,7 +64,7 @@ def generate(
     with ready_to_generate(model):
         for numbers in batches_by_length([len(p) for p in prompts], num_samples, max_new_tokens, batch_tokens):
             rows = [i * num_samples + j for i in numbers for j in range(num_samples)]
-            uniform = draw_uniform(rows, max_new_tokens, seed) if temperature > 0 else torch.zeros(len(rows), max_new_tokens)
+            uniform = draw_uniform(rows, max_new_tokens, seed)
             decoding = Decoding(model, [prompts[i] for i in numbers])
             decoding.repeat(num_samples)
             ids, logprobs = decode(decoding, max_new_tokens, stops, uniform.to(model.device), pick)
@@ -112,7 +112,7 @@ def draw_uniform(rows: list[int], count: int, seed: int) -> torch.Tensor:
     return torch.stack([torch.rand(count, generator=g, dtype=torch.float64) for g in generators])
 
 
-# ---- the batch in flight --------------------------------------------------------------------------------------------------
+# ---- the batch in flight --------------------------------------------------------------------------------------------
 
 
 class ComputeCache(DynamicCache):
@@ -128,7 +128,7 @@ class ComputeCache(DynamicCache):
 
 
 class Decoding:
-    """B rows in flight: their KV cache, the mask of what they may see, their next positions, their last hidden state."""
+    """B rows in flight: their KV cache, the mask of what they may see, next positions, and last hidden states."""
 
     def __init__(self, model: Model, prompts: list[Example]):
         """Run the prompts: pictures are embedded on one packed row, which is then spread over a left-padded batch."""

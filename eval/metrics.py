@@ -30,7 +30,7 @@ class Reply:
     tools: list[dict] | None = None
 
 
-# ---- text -----------------------------------------------------------------------------------------------------------------
+# ---- text ------------------------------------------------------------------------------------------------------------
 
 
 def exact_match(reply: Reply) -> dict[str, float]:
@@ -56,7 +56,7 @@ def words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", kept).split()
 
 
-# ---- boxes ----------------------------------------------------------------------------------------------------------------
+# ---- boxes -----------------------------------------------------------------------------------------------------------
 
 
 def centre_in_box(reply: Reply) -> dict[str, float]:
@@ -79,7 +79,7 @@ def label_boxes(reply: Reply) -> list[tuple[float, float, float, float]]:
     return boxes
 
 
-# ---- tool calls -----------------------------------------------------------------------------------------------------------
+# ---- tool calls ------------------------------------------------------------------------------------------------------
 
 
 def tool_call(reply: Reply) -> dict[str, float]:
@@ -91,11 +91,12 @@ def tool_call(reply: Reply) -> dict[str, float]:
     if not expected:
         raise UserError(f"the label has no tool call that parses: {reply.label[:60]!r}")
     calls = parse_calls(reply.response)
+    shared = sum(argument_f1(ours, theirs) for ours, theirs in zip(calls, expected, strict=False))
     scores = {
         "call_parses": float(bool(calls)),
         "call_name": float([c["name"] for c in calls] == [c["name"] for c in expected]),
         "call_exact": float(as_text(calls) == as_text(expected)),
-        "argument_f1": sum(argument_f1(a, b) for a, b in zip(calls, expected, strict=False)) / max(len(calls), len(expected)),
+        "argument_f1": shared / max(len(calls), len(expected)),
     }
     if reply.tools:
         scores["call_valid"] = float(bool(calls) and all(takes(reply.tools, call) for call in calls))
@@ -123,7 +124,7 @@ def parse_calls(text: str) -> list[dict[str, Any]]:
 
 
 def argument_f1(call: dict[str, Any], expected: dict[str, Any]) -> float:
-    """Mean over the arguments that either call has: word F1 of two texts, else 1 for the same JSON value and 0 for another.
+    """Mean over the arguments that either call has: word F1 of two texts, else 1 for the same JSON value or 0.
 
     0 for another function, 1 where neither call has arguments.
     """
@@ -146,9 +147,7 @@ def as_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
-JSON_TYPES = {
-    "string": str, "boolean": bool, "integer": int, "number": (int, float), "array": list, "object": dict, "null": type(None),
-}  # fmt: skip
+JSON_TYPES = {"string": str, "boolean": bool, "integer": int, "number": (int, float), "array": list, "object": dict}
 
 
 def takes(tools: list[dict], call: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Opening what is evaluated: a model folder, a run's output folder, or an adapter, with the settings it was trained with.
+"""Opening what is evaluated: a model folder, a run's output folder or an adapter, with the settings of its training.
 
 A run is asked the way it was trained: its run.yaml says how large pictures may be, how tools are rendered, in what
 precision and with how many bits the base was held, and a flag given here overrides each. For a folder without a
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from data.errors import UserError
-from model import load_model, resolve
+from model import load_model
 from model.family import Family, Model, Options, read_json
 from training import memory, precision
 from training.precision import Precision
@@ -51,14 +51,14 @@ def open_subject(
     """
     place = find(name, adapter)
     settings = read_settings(place.run)
-    trained = "8bit" if settings.get("use_8bit") else "4bit" if settings.get("use_4bit") else None
-    quant = {None: trained, "none": None}.get(quant, quant)
+    if quant is None and place.adapter:  # merged weights were made for 16 bits, whatever the run held its base in
+        quant = "8bit" if settings.get("use_8bit") else "4bit" if settings.get("use_4bit") else None
     device = memory.check_device(device_name)
     dtypes = precision.choose(precision_name or settings.get("precision", "auto"), device)
     options = Options(
         max_pixels=max_pixels or settings.get("max_pixels"), tool_template=settings.get("tool_template", "none")
     )
-    model, family = load_model(resolve(place.base), quant, dtypes.frozen, device, options)
+    model, family = load_model(place.base, None if quant == "none" else quant, dtypes.frozen, device, options)
     if place.adapter:
         from lora.files import load_adapter
 
@@ -68,7 +68,7 @@ def open_subject(
 
 
 def find(name: str, adapter: str | None) -> Place:
-    """What a --model (and --adapter) means. Raises UserError for an unfinished run and an adapter that names no base."""
+    """What --model (and --adapter) means. Raises UserError for an unfinished run and an adapter that names no base."""
     folder = Path(name)
     if adapter is not None:
         top = Path(adapter)
@@ -84,7 +84,7 @@ def find(name: str, adapter: str | None) -> Place:
     if (folder / "adapter").is_dir():
         return find(str(folder / "adapter"), None)
     if (folder / "run.yaml").exists():
-        raise UserError(f"--model {name}: this run has not finished, it has neither model/ nor adapter/; go on with --resume yes")
+        raise UserError(f"--model {name}: this run has not finished (no model/, no adapter/); go on with --resume yes")
     return Place(name, None, None)
 
 
@@ -99,7 +99,7 @@ def base_of(adapter: Path) -> str:
     if not base:
         raise UserError(f"{adapter}/adapter_config.json names no base; give it: --model BASE --adapter {adapter}")
     if Path(base).is_absolute() and not Path(base).is_dir():
-        raise UserError(f"the base {base} of {adapter} is not there any more; give it: --model BASE --adapter {adapter}")
+        raise UserError(f"{base}, the base of {adapter}, is not there any more; give --model BASE --adapter {adapter}")
     return base
 
 
@@ -110,5 +110,5 @@ def read_settings(run: Path | None) -> dict[str, Any]:
     try:
         settings = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise UserError(f"{run}/run.yaml is not readable ({error}); restore it, or give --model BASE --adapter DIR") from None
+        raise UserError(f"{run}/run.yaml is not readable ({error}); restore it, or use --model and --adapter") from None
     return settings if isinstance(settings, dict) else {}

@@ -1,1 +1,1 @@
-"""Adapters on a frozen base: attach, switch off, save in PEFT's format (adapter.py, files.py), merge by hand (merge.py)."""
+"""Adapters on a frozen base: attach and switch off (adapter.py), save and load (files.py), merge by hand (merge.py)."""

@@ -1,4 +1,4 @@
-"""python -m lora merge: an adapter and its base become one model folder that any tool opens without knowing of either."""
+"""python -m lora merge: an adapter and its base become one model folder, which any tool opens as it opens the base."""
 
 import argparse
 import sys
@@ -11,11 +11,12 @@ def main() -> None:
 
     parser = Parser(prog="python -m lora", description="Work on adapters.")
     commands = parser.add_subparsers(dest="command", required=True)
-    merge = commands.add_parser("merge", help="merge an adapter into the 16-bit weights of its base", allow_abbrev=False)
-    merge.add_argument("--base_model", required=True, metavar="DIR", help="the base: model folder or hub id, unquantised")
+    about = "merge an adapter into the 16-bit weights of its base"
+    merge = commands.add_parser("merge", help=about, description=about, allow_abbrev=False)
+    merge.add_argument("--base_model", required=True, metavar="DIR", help="folder or hub id of the unquantised base")
     merge.add_argument("--adapter", required=True, metavar="DIR", help="folder with adapter_config.json")
     merge.add_argument("--output_dir", required=True, metavar="DIR", help="a new folder")
-    merge.add_argument("--data_path", metavar="FILE", help="held-out rows; the merged model is compared with the adapter on them")
+    merge.add_argument("--data_path", metavar="FILE", help="held-out rows to compare merged and adapter on")
     merge.add_argument("--image_root", metavar="DIR", help="folder that the rows' picture paths are relative to")
     merge.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the comparison runs")
     run_merge(parser.parse_args(sys.argv[1:]))

@@ -56,15 +56,17 @@ class Settings:
 class Prefix(nn.Module):
     """Prefix tuning (Li and Liang 2021): keys and values of P virtual tokens for each of L layers.
 
-    One leaf of (P, L * 2 * Hkv * K) fp32, peft's layout. A layer's part is cut out at each call and not before, because
-    a checkpointed block gives gradients to leaves that are read inside it and to no other tensor.
+    One leaf of (P, L * 2 * Hkv * K) fp32, peft's layout. A block cuts its part out itself, so that under checkpointing
+    the whole way from the block's output to the leaf lies inside the block's own backward.
     """
 
     def __init__(self, num_virtual_tokens: int, num_layers: int, num_heads: int, head_size: int):
         super().__init__()
-        self.num_virtual_tokens, self.num_layers, self.num_heads, self.head_size = num_virtual_tokens, num_layers, num_heads, head_size
-        # small, as a fresh embedding: from N(0, 1), which is peft's start, the first hundred steps only undo the noise
-        self.prompt_embeddings = nn.Parameter(torch.randn(num_virtual_tokens, num_layers * 2 * num_heads * head_size) * 0.02)
+        self.num_virtual_tokens, self.num_layers = num_virtual_tokens, num_layers
+        self.num_heads, self.head_size = num_heads, head_size
+        width = num_layers * 2 * num_heads * head_size
+        # small, as a fresh embedding; peft starts from N(0, 1), keys as large as a trained model's own
+        self.prompt_embeddings = nn.Parameter(torch.randn(num_virtual_tokens, width) * 0.02)  # (P, L * 2 * Hkv * K)
 
     def forward(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(keys, values) of one layer, (Hkv, P, K) each; keys are not rotated."""
@@ -84,8 +86,8 @@ def attach(model: Model, family: Family, settings: Settings) -> list[Row]:
         config = model.net.config.get_text_config()
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         model.requires_grad_(False)
-        model.prefix = Prefix(settings.num_virtual_tokens, config.num_hidden_layers, config.num_key_value_heads, head_size)
-        model.prefix.to(model.device)
+        heads, layers = config.num_key_value_heads, config.num_hidden_layers
+        model.prefix = Prefix(settings.num_virtual_tokens, layers, heads, head_size).to(model.device)
     else:
         inject(model, settings, find_targets(model.net, family, settings.targets, settings.parts))
     return trainable_table(model)
@@ -94,7 +96,7 @@ def attach(model: Model, family: Family, settings: Settings) -> list[Row]:
 def freeze(model: Model, family: Family, freeze_vision: bool = False, freeze_projector: bool = False) -> None:
     """Full fine-tuning: every weight is trained but those of the frozen parts. Raises UserError on a quantised base."""
     if any(is_quantized(module) for module in model.net.modules()):
-        raise UserError("a quantised base cannot be trained itself: add --use_lora, or drop --use_8bit or --use_4bit")
+        raise UserError("a quantised base is not trained itself: add --use_lora, or drop --use_8bit or --use_4bit")
     frozen = {part for part, is_frozen in (("vision", freeze_vision), ("projector", freeze_projector)) if is_frozen}
     for part in frozen - set(family.parts):
         raise UserError(f"--freeze_{part}: the model ({family.name}) has no {part} part; drop the flag")
@@ -102,7 +104,7 @@ def freeze(model: Model, family: Family, freeze_vision: bool = False, freeze_pro
         parameter.requires_grad_(family.part_of(name) not in frozen)
 
 
-# ---- which modules -------------------------------------------------------------------------------------------------------
+# ---- which modules ------------------------------------------------------------------------------------------------
 
 
 def find_targets(net: nn.Module, family: Family, targets: list[str] | None, parts: Iterable[str] | None) -> list[str]:
@@ -150,10 +152,12 @@ def nothing_matches(target: str, linears: list[str], family: Family, parts: list
     """Why a target matches nothing, and what would."""
     elsewhere = sorted({family.part_of(name) for name in linears if matches(target, name)})
     if elsewhere:
-        return f"such layers are in {', '.join(elsewhere)} and not in {', '.join(parts)}; add --lora_parts {elsewhere[0]}"
+        found, asked = ", ".join(elsewhere), ", ".join(parts)
+        return f"such layers are in {found} and not in {asked}; add --lora_parts {elsewhere[0]}"
     names = leaf_names([name for name in linears if family.part_of(name) in parts])
     near = difflib.get_close_matches(target.rpartition(".")[2], names, n=3, cutoff=0.5)
-    return f"matches no linear layer; {'near names: ' + ', '.join(near) + '; ' if near else ''}there are {', '.join(names)}"
+    hint = f"near names: {', '.join(near)}; " if near else ""
+    return f"matches no linear layer; {hint}there are {', '.join(names)}"
 
 
 def leaf_names(names: list[str]) -> list[str]:
@@ -161,7 +165,7 @@ def leaf_names(names: list[str]) -> list[str]:
     return list(dict.fromkeys(re.search(r"[^.]+(\.\d+)?$", name).group() for name in names))
 
 
-# ---- peft's layers -------------------------------------------------------------------------------------------------------
+# ---- peft's layers ------------------------------------------------------------------------------------------------
 
 
 def inject(model: Model, settings: Settings, names: list[str]) -> None:
@@ -171,7 +175,7 @@ def inject(model: Model, settings: Settings, names: list[str]) -> None:
 
     kinds = {type(model.net.get_submodule(name)).__name__ for name in names}
     if settings.use_dora and "Linear8bitLt" in kinds:
-        raise UserError("--use_dora needs the weights' norms, which the 8-bit layers do not give; take --use_4bit, or a 16-bit base")
+        raise UserError("--use_dora needs the weights' norms, which 8-bit layers do not give; take --use_4bit")
     model.net.is_loaded_in_8bit = "Linear8bitLt" in kinds  # how peft learns that it may meet such layers
     model.net.is_loaded_in_4bit = "Linear4bit" in kinds
     config = LoraConfig(
@@ -189,7 +193,7 @@ def inject(model: Model, settings: Settings, names: list[str]) -> None:
 
 def lora_layers(net: nn.Module) -> dict[str, nn.Module]:
     """Module name -> peft's layer around it."""
-    return {name: module for name, module in net.named_modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")}
+    return {name: module for name, module in net.named_modules() if hasattr(module, "lora_A")}
 
 
 def weight_of(layer: nn.Module) -> torch.Tensor:
@@ -212,7 +216,7 @@ def disabled(model: Model) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-# ---- the table -----------------------------------------------------------------------------------------------------------
+# ---- the table ----------------------------------------------------------------------------------------------------
 
 
 def trainable_table(model: Model) -> list[Row]:
@@ -240,5 +244,5 @@ def table_text(model: Model) -> str:
     """The table as it is printed before training, with a line for the whole."""
     rows = trainable_table(model)
     rows = [*rows, ("all", sum(row[1] for row in rows), sum(row[2] for row in rows))]
-    lines = [f"{part:<10} {trained:>15,} of {total:>15,}  {trained / max(total, 1):8.3%}" for part, trained, total in rows]
+    lines = [f"{part:<10} {some:>15,} of {total:>15,}  {some / max(total, 1):8.3%}" for part, some, total in rows]
     return "\n".join(["trained parameters", *lines])

@@ -92,9 +92,9 @@ def report_text(report: dict) -> str:
         if key in report:
             found, title = report[key], title.format(report["base_quantization"])
             lines.append(f"{title:<66}{found['max']:>10.4f}{found['mean']:>10.4f}{found['same_argmax']:>12.1%}")
-    if report["w16_plus_ba"]["mean"] > 0.5 * report["without_adapter"]["mean"]:
+    if report["w16_plus_ba"]["mean"] >= 0.5 * report["without_adapter"]["mean"]:
         lines.append(
-            "warning: the rounding to the base's dtype moves the logits by more than half of what the adapter does; the "
+            "warning: rounding to the base's dtype moves the logits by half of what the adapter does, or more; the "
             "adapter is too weak to survive it: train longer, or keep the adapter beside its base"
         )
     return "\n".join(lines)

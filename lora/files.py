@@ -8,6 +8,7 @@ warns and then changes nothing, are read too.
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ UNDERSTOOD = set(
     "megatron_core qalora_group_size num_virtual_tokens token_dim num_transformer_submodules num_attention_heads "
     "num_layers encoder_hidden_size init_weights ensure_weight_tying runtime_config eva_config".split()
 )
-BASE_KEPT = (True, False, None, "gaussian", "eva", "orthogonal")  # values of init_lora_weights that leave the base as it was
+BASE_KEPT = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the base as it was
 
 
 @dataclass
@@ -70,7 +71,7 @@ class AdapterFile:
         return modules
 
 
-# ---- writing -------------------------------------------------------------------------------------------------------------
+# ---- writing ------------------------------------------------------------------------------------------------------
 
 
 def adapter_parameters(model: Model) -> dict[str, torch.nn.Parameter]:
@@ -96,7 +97,7 @@ def save_adapter(model: Model, family: Family, folder: str | Path, settings: Set
     kinds = {type(module).__name__ for module in model.net.modules() if is_quantized(module)}
     note = {"base_quantization": "8bit" if "Linear8bitLt" in kinds else "4bit"} if kinds else {}
     outside = "" if model.prefix is not None else OUTSIDE
-    write_file(folder / WEIGHTS, {outside + name: p.detach() for name, p in adapter_parameters(model).items()}, note)
+    write_file(folder / WEIGHTS, {outside + name: p for name, p in adapter_parameters(model).items()}, note)
     config = adapter_config(model, family, settings, base_model)
     with whole_file(folder / CONFIG) as file:
         file.write(json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
@@ -137,15 +138,16 @@ def shortest_targets(net: torch.nn.Module) -> list[str]:
     names = set(lora_layers(net))
     words = {name.rpartition(".")[2] for name in names}
     inside = tuple(f"{name}." for name in names)
-    hit = {name for name, _ in net.named_modules() if name.rpartition(".")[2] in words and not name.startswith(inside)}
+    outside = [name for name, _ in net.named_modules() if not name.startswith(inside)]
+    hit = {name for name in outside if name.rpartition(".")[2] in words}
     return sorted(words if hit == names else names)
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------------
+# ---- reading ------------------------------------------------------------------------------------------------------
 
 
 def read_adapter(folder: str | Path) -> AdapterFile:
-    """An adapter folder in PEFT's format, LoRA or prefix. Raises UserError for anything in it that is not understood."""
+    """An adapter folder in PEFT's format, LoRA or prefix. Raises UserError for what is not understood."""
     folder = Path(folder)
     config = read_json(folder / CONFIG)
     check_config(folder / CONFIG, config)
@@ -168,10 +170,12 @@ def check_config(path: Path, config: dict) -> None:
     """Refuse a kind of adapter that this project does not read, or that would mean something else than its tensors."""
     if config.get("peft_type") not in ("LORA", "PREFIX_TUNING"):
         raise UserError(f"{path}: peft_type {config.get('peft_type')!r}; only LORA and PREFIX_TUNING are read")
-    empty = (None, False, "none", [], {})
     for key, value in config.items():
-        if key not in UNDERSTOOD and value not in empty and not (key == "init_lora_weights" and value in BASE_KEPT):
-            raise UserError(f"{path}: {key} is {value!r}, which changes what the tensors mean and is not read here; merge it with peft")
+        harmless = BASE_KEPT if key == "init_lora_weights" else (None, False, "none", [], {})
+        if key not in UNDERSTOOD and value not in harmless:
+            raise UserError(
+                f"{path}: {key} is {value!r}, which changes what the tensors mean and is not read here; use peft for it"
+            )
     numbers = () if config["peft_type"] == "PREFIX_TUNING" else ("r", "lora_alpha")
     for key in numbers:
         if isinstance(config.get(key), bool) or not isinstance(config.get(key), int | float) or config[key] <= 0:
@@ -183,18 +187,20 @@ def check_tensors(adapter: AdapterFile) -> None:
     path, config = adapter.folder / WEIGHTS, adapter.config
     if config["peft_type"] == "PREFIX_TUNING":
         if set(adapter.tensors) != {PROMPT} or adapter.tensors[PROMPT].ndim != 2:
-            raise UserError(f"{path}: a prefix is one tensor {PROMPT} of two dimensions, found {sorted(adapter.tensors)[:3]}")
+            raise UserError(f"{path}: a prefix is one matrix {PROMPT}, but there are {sorted(adapter.tensors)[:3]}")
         return
     odd = [name for name in adapter.tensors if not TENSOR.fullmatch(name)]
     if odd or not adapter.tensors:
-        raise UserError(f"{path}: {odd[0] if odd else 'nothing inside'}: not a tensor of LoRA layers; is it another kind of adapter?")
+        what = odd[0] if odd else "nothing inside"
+        raise UserError(f"{path}: {what}: not a tensor of LoRA layers; is it another kind of adapter?")
     kinds = {"lora_A.weight", "lora_B.weight"} | ({"lora_magnitude_vector"} if config.get("use_dora") else set())
     for module, tensors in adapter.modules().items():
         if set(tensors) != kinds:
             raise UserError(f"{path}: {module} has {sorted(tensors)}, but {CONFIG} asks for {sorted(kinds)}")
         a, b = tensors["lora_A.weight"], tensors["lora_B.weight"]
         if not (a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] == config["r"]):
-            raise UserError(f"{path}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}, but {CONFIG} says r {config['r']}")
+            shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
+            raise UserError(f"{path}: {module} has {shapes}, but {CONFIG} says r {config['r']}")
 
 
 def load_adapter(model: Model, family: Family, folder: str | Path) -> Settings:
@@ -209,13 +215,17 @@ def load_adapter(model: Model, family: Family, folder: str | Path) -> Settings:
     if not layers and model.prefix is None:
         for old, new in names.items():
             if not has_module(model.net, new):
-                raise UserError(f"{folder}: has a tensor for {old}, but this model ({family.name}) has no such layer; is it for another base?")
-        inject(model, said, list(names.values())) if names else attach(model, family, said)
-    elif any(abs(layer.scaling[ADAPTER] - adapter.scale) > 1e-6 * adapter.scale for layer in layers.values() if names):
-        raise UserError(
-            f"{folder}: its LoRA has r {said.r}, alpha {said.alpha}, use_rslora {said.use_rslora}, and this run's has another "
-            f"scale; start it with --lora_r {said.r} --lora_alpha {said.alpha}{' --use_rslora' if said.use_rslora else ''}"
-        )
+                raise UserError(
+                    f"{folder}: has a tensor for {old}, but this model ({family.name}) has no such layer; it is for "
+                    "another base"
+                )
+        if names:
+            inject(model, said, list(names.values()))
+        else:
+            attach(model, family, said)
+    elif names and any(not math.isclose(layer.scaling[ADAPTER], adapter.scale) for layer in layers.values()):
+        flags = f"--lora_r {said.r} --lora_alpha {said.alpha}{' --use_rslora' if said.use_rslora else ''}"
+        raise UserError(f"{folder}: its LoRA has another scale than this run's; start the run with {flags}")
     wanted = adapter_parameters(model)
     found = {renamed(name, names): tensor for name, tensor in adapter.tensors.items()}
     refuse_differences(Path(folder), wanted, found)
@@ -242,19 +252,19 @@ def renamed(name: str, modules: dict[str, str]) -> str:
 
 
 def refuse_differences(folder: Path, wanted: dict, found: dict) -> None:
-    """UserError that names tensors which an adapter lacks, has too many, or has in another shape than the attached one."""
+    """UserError that names tensors which an adapter lacks, has too many, or has in another shape than the network."""
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
     if missing or unexpected:
         what, names = ("lacks", missing) if missing else ("has, and this run's adapter has not,", unexpected)
         more = f" and {len(names) - 2} more" if len(names) > 2 else ""
         raise UserError(
-            f"{folder}: the adapter {what} {', '.join(names[:2])}{more}; give the --lora_targets, --lora_parts, --use_dora and "
-            "--peft_type it was made with"
+            f"{folder}: the adapter {what} {', '.join(names[:2])}{more}; give the --lora_targets, --lora_parts, "
+            "--use_dora and --peft_type it was made with"
         )
     for name, parameter in wanted.items():
         if found[name].shape != parameter.shape:
             raise UserError(
-                f"{folder}: {name} is {tuple(found[name].shape)}, this model's is {tuple(parameter.shape)}; another rank (--lora_r, "
-                "--num_virtual_tokens) or another base model"
+                f"{folder}: {name} is {tuple(found[name].shape)}, this model's is {tuple(parameter.shape)}; another "
+                "rank (--lora_r, --num_virtual_tokens) or another base model"
             )

@@ -1,9 +1,9 @@
 """Merge an adapter into the 16-bit weights of its base, by hand, a block of rows at a time.
 
-W + scale B A is computed in fp32 and rounded once to the dtype of W; the base is the original checkpoint even where the
-adapter was trained on an 8-bit or 4-bit one, so the quantisation error is not merged in. Every shard keeps its name, its
-header and so its size to the byte; every other file is copied as it is. In memory are the adapter and one block, whatever
-the size of the model. merge.json in the output says what was merged: the same adapter is not merged twice.
+W + scale B A is computed in fp32 and rounded once to the dtype of W; the base is the original checkpoint even where
+the adapter was trained on an 8-bit or 4-bit one, so the quantisation error is not merged in. Every shard keeps its
+name, its header and so its size to the byte; every other file is copied as it is. In memory are the adapter and one
+block, whatever the size of the model. merge.json in the output says what was merged: no adapter is merged twice.
 """
 
 import json
@@ -55,12 +55,13 @@ def merge(base_folder: str | Path, adapter_folder: str | Path, output_dir: str |
     adapter = read_adapter(adapter_folder)
     history = read_json(base / RECORD)["merged"] if (base / RECORD).exists() else []
     if adapter.sha256 in [entry["adapter_sha256"] for entry in history]:
-        raise UserError(f"{base}: already holds the adapter {adapter.folder} ({RECORD} says so); merged twice, it would count double")
+        raise UserError(f"{base}: already holds the adapter {adapter.folder} ({RECORD}); again it would count twice")
     updates = find_updates(adapter, shards)
     total_bytes = sum((base / name).stat().st_size for name in shards.files())
     output.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(output.parent).free) < total_bytes:
-        raise UserError(f"--output_dir {output}: the merged model takes {total_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free")
+        need = f"{total_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+        raise UserError(f"--output_dir {output}: the merged model takes {need}; make room or name another disk")
 
     temporary = output.with_name(f".{output.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -71,8 +72,11 @@ def merge(base_folder: str | Path, adapter_folder: str | Path, output_dir: str |
         if (base / INDEX).exists():
             shutil.copyfile(base / INDEX, temporary / INDEX)
         entry = {
-            "adapter": str(adapter.folder.resolve()), "adapter_sha256": adapter.sha256, "base_model": str(base.resolve()),
-            "scale": adapter.scale, "tensors": sorted(updates),
+            "adapter": str(adapter.folder.resolve()),
+            "adapter_sha256": adapter.sha256,
+            "base_model": str(base.resolve()),
+            "scale": adapter.scale,
+            "tensors": sorted(updates),
         }
         record = {"merged": [*history, entry]}
         write_record(temporary, record)
@@ -89,27 +93,25 @@ def write_record(folder: Path, record: dict) -> None:
 
 
 def find_updates(adapter: AdapterFile, shards: Shards) -> dict[str, Update]:
-    """Tensor name of the base -> its update. Raises UserError where a module is no weight of this base, or misshapen."""
+    """Tensor name of the base -> its update. Raises UserError where a module is none of this base, or misshapen."""
     if adapter.config["peft_type"] != "LORA":
-        raise UserError(f"{adapter.folder}: a prefix is no change of weights and cannot be merged; keep it as an adapter")
+        raise UserError(f"{adapter.folder}: a prefix changes no weights, so it cannot be merged; keep it as an adapter")
     family, headers = find_family(shards.folder), shards.headers()
     updates = {}
     for module, tensors in adapter.modules().items():
         name = family.tensor_name(f"{module}.weight")  # the hub's older names are tensor names already and stay
         a, b = tensors["lora_A.weight"].float(), tensors["lora_B.weight"].float()
         if name not in headers:
-            raise UserError(f"{adapter.folder}: changes {name}, which {shards.folder} does not hold; is it the adapter of another base?")
+            raise UserError(f"{adapter.folder}: changes {name}, which {shards.folder} has not; its base is another")
         shape, dtype = headers[name]
-        if shape != (b.shape[0], a.shape[1]):
+        magnitude = tensors.get("lora_magnitude_vector")
+        if shape != (len(b), a.shape[1]) or (magnitude is not None and magnitude.shape != shape[:1]):
             raise UserError(
-                f"{adapter.folder}: changes {name} as {(b.shape[0], a.shape[1])}, which is {shape} in {shards.folder}; it is the "
-                "adapter of another base"
+                f"{adapter.folder}: changes {name} as one of {(len(b), a.shape[1])}, but it is {shape} in "
+                f"{shards.folder}; the adapter is of another base"
             )
         if dtype not in DTYPES:
-            raise UserError(f"{shards.folder}: {name} is {dtype}; an adapter is merged into 16-bit or 32-bit weights only")
-        magnitude = tensors.get("lora_magnitude_vector")
-        if magnitude is not None and magnitude.shape != shape[:1]:
-            raise UserError(f"{adapter.folder}: {module} has a magnitude of {tuple(magnitude.shape)} for {shape[0]} rows")
+            raise UserError(f"{shards.folder}: {name} is {dtype}; an adapter is merged into 16- or 32-bit weights only")
         updates[name] = Update(a, b, adapter.scale, None if magnitude is None else magnitude.float())
     return updates
 

@@ -20,8 +20,8 @@ def main(arguments: list[str] | None = None) -> None:
     tiny = commands.add_parser("tiny", help="write a tiny random model in the original config and tensor layout")
     tiny.add_argument("family", metavar="FAMILY", help="a family of model/families, such as qwen2 or qwen2_5_vl")
     tiny.add_argument("folder", metavar="OUT", help="the new model folder")
-    tiny.add_argument("--tokenizer", metavar="DIR", help="copy the tokenizer, processor and template files of this folder")
-    tiny.add_argument("--vocab_size", type=int, metavar="N", help="rows of the embedding (the tokenizer's, if not given)")
+    tiny.add_argument("--tokenizer", metavar="DIR", help="a folder whose tokenizer and processor files are copied")
+    tiny.add_argument("--vocab_size", type=int, metavar="N", help="rows of the embedding (as the tokenizer needs)")
     tiny.add_argument("--seed", type=int, default=0, metavar="N", help="of the random weights (0)")
     saving = commands.add_parser("save_initial", help="copy an untouched base model, whole and checked")
     saving.add_argument("--base_model", required=True, metavar="ID", help="a model folder or a hub id")
@@ -58,7 +58,7 @@ def inspect(name: str) -> None:
         "files": ", ".join(files),
         "head": "tied to the input embedding" if is_tied(net) else "its own",
         "tokenizer": present(folder, "tokenizer.json") or present(folder, "vocab.json", "merges.txt") or "none found",
-        "template": present(folder, "chat_template.jinja") or present(folder, "chat_template.json") or in_settings(folder),
+        "template": find_template(folder),
         "pictures": "none" if family.image_token_id is None else f"placeholder id {family.image_token_id}",
         "LoRA targets": f"{', '.join(family.lora_targets)} in {', '.join(family.lora_parts)}",
         "weights, GiB": ", ".join(f"{gib:.2f} {quant}" for quant, gib in weight_gib(family, net).items()),
@@ -84,10 +84,12 @@ def present(folder: Path, *names: str) -> str | None:
     return " + ".join(names) if all((folder / name).is_file() for name in names) else None
 
 
-def in_settings(folder: Path) -> str:
-    """Where the chat template is if it is in no file of its own."""
+def find_template(folder: Path) -> str:
+    """Where the chat template is, in the order in which it is looked for."""
     from model.family import read_json
 
+    if found := present(folder, "chat_template.jinja") or present(folder, "chat_template.json"):
+        return found
     settings = read_json(folder / "tokenizer_config.json") if present(folder, "tokenizer_config.json") else {}
     return "in tokenizer_config.json" if settings.get("chat_template") else "none found"
 

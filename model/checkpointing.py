@@ -57,8 +57,7 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], offload: bool = False) -> Non
 
 
 def _block_forward(forward, block: nn.Module, offload: bool, hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    modules = [block, *(v for v in kwargs.values() if isinstance(v, nn.Module))]  # a prefix comes as a keyword argument
-    trained = hidden.requires_grad or any(p.requires_grad for m in modules for p in m.parameters())  # or a frozen tower
+    trained = hidden.requires_grad or any(p.requires_grad for p in block.parameters())  # a frozen tower keeps nothing
     if not (trained and block.training and torch.is_grad_enabled()):
         return forward(hidden, *args, **kwargs)
     return checkpoint(lambda x: forward(x, *args, **kwargs), hidden, offload=offload)

@@ -251,7 +251,7 @@ class Model(nn.Module):
             position_ids=self.family.decoder_positions(positions),
             use_cache=False,
             lengths=packed.lengths,
-            prefix=self.prefix,  # the module, not its tensors: a checkpointed block reads the leaf inside itself
+            prefix=self.prefix,  # the module: each block cuts its own part out of the leaf
         )
         return out.last_hidden_state[0]
 

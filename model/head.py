@@ -29,6 +29,8 @@ def per_token(
     def values(rows: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
         return function(F.linear(rows, weight.to(rows.dtype)).float(), *parts)
 
+    if len(where) <= size:  # one chunk: backward begins with its logits, so forgetting them would save nothing
+        return values(hidden[where], *extra)
     chunks = zip(hidden[where].split(size), *(x.split(size) for x in extra), strict=True)
     return torch.cat([checkpoint(values, *chunk) for chunk in chunks])  # (n,)
 

@@ -1,9 +1,9 @@
 """A tiny random model in the hub's original config and tensor layout, for tests and lessons.
 
-It is a checkpoint folder like any other: config.json, safetensors, a tokenizer, a picture processor where the family has
-one. With the tokenizer files of a real model the vocabulary and the special ids are that model's; without, a byte-level
-tokenizer (256 bytes and the family's special tokens, no merges) is made here. Under 1 MB and a second, the embedding of
-a real vocabulary aside (151,936 words x 64 x 4 bytes = 37 MB).
+It is a checkpoint folder like any other: config.json, safetensors, a tokenizer, a picture processor where the family
+has one. With the tokenizer files of a real model the vocabulary and the special ids are that model's; without, a
+byte-level tokenizer (256 bytes and the family's special tokens, no merges) is made here. Under 1 MB and a second, the
+embedding of a real vocabulary aside (151,936 words x 64 x 4 bytes = 39 MB).
 """
 
 import json

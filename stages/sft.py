@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from data.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -32,7 +34,10 @@ class Stage:
         self.max_length = max_length
 
     def encode(self, record: Record) -> Example:
-        return self.family.encode(record.messages, record.tools, self.max_length, id=record.id, where=record.where)
+        example = self.family.encode(record.messages, record.tools, self.max_length, id=record.id, where=record.where)
+        if example.num_supervised == 0:
+            raise UserError(f"{record.where}: no token of this row has a loss; remove it, or its \"train\": false")
+        return example
 
     def denominator(self, examples: Iterable[Example]) -> float:
         """Supervised tokens of a step, each counted with its weight."""

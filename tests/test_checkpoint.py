@@ -10,8 +10,16 @@ from safetensors.torch import load_file, save_file
 
 from data.errors import UserError
 from training import checkpoint
-from training.checkpoint import State, capture_random, commit, find_problem, find_resume
-from training.checkpoint import load, newest_whole, restore_random
+from training.checkpoint import (
+    State,
+    capture_random,
+    commit,
+    find_problem,
+    find_resume,
+    load,
+    newest_whole,
+    restore_random,
+)
 from training.guards import judge
 from training.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, parameter_groups, schedule
 
@@ -88,16 +96,21 @@ def test_random_generators_go_on_where_they_were(tmp_path, with_gauss):
     assert draw() == expected
 
 
+def flip(path, bit):
+    with open(path, "r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0]
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))
+
+
 def test_every_flipped_bit_of_the_manifest_is_noticed(tmp_path):
     save(tmp_path, 200)
     path = tmp_path / "checkpoints/step-000200"
-    written = (path / "manifest.json").read_bytes()
-    for bit in range(len(written) * 8):
-        flipped = bytearray(written)
-        flipped[bit // 8] ^= 1 << bit % 8
-        (path / "manifest.json").write_bytes(flipped)
+    for bit in range((path / "manifest.json").stat().st_size * 8):
+        flip(path / "manifest.json", bit)
         assert find_problem(path) is not None, bit
-    (path / "manifest.json").write_bytes(written)
+        flip(path / "manifest.json", bit)
     assert find_problem(path) is None
 
 
@@ -110,14 +123,11 @@ def test_a_flipped_bit_anywhere_means_the_previous_checkpoint(tmp_path, capsys):
     assert names == ["manifest.json", "state.json", "weights.safetensors"]
     for _ in range(400):
         path = newest / generator.choice(names)
-        written = path.read_bytes()
-        flipped = bytearray(written)
-        bit = generator.randrange(len(written) * 8)
-        flipped[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(flipped)
+        bit = generator.randrange(path.stat().st_size * 8)
+        flip(path, bit)
         assert newest_whole(tmp_path) == tmp_path / "checkpoints/step-000200"
         assert f"{newest} is not whole" in capsys.readouterr().err
-        path.write_bytes(written)
+        flip(path, bit)
     assert newest_whole(tmp_path) == newest
 
 
@@ -140,7 +150,7 @@ def test_other_damage_is_noticed(tmp_path):
     manifest = {"step": 400, "files": {"../../step-000400/state.json": {}}}
     assert "outside" in damaged(lambda path: (path / "manifest.json").write_text(json.dumps(manifest)) and None)
     for text in ("[]", "{}", '{"files": 3}', "[" * 100000):
-        assert damaged(lambda path: (path / "manifest.json").write_text(text) and None) is not None
+        assert damaged(lambda path, text=text: (path / "manifest.json").write_text(text) and None) is not None
 
 
 def test_pruning_keeps_the_newest_and_drops_what_a_rollback_left(tmp_path):
@@ -241,7 +251,7 @@ def test_a_run_resumed_at_any_step_is_the_same_run(tmp_path, optim, dtype):
         while resumed.state.step < 10:
             resumed.step()
         assert resumed.state == whole.state
-        for (name, ours), theirs in zip(resumed.net.named_parameters(), whole.net.parameters()):
+        for (name, ours), theirs in zip(resumed.net.named_parameters(), whole.net.parameters(), strict=True):
             assert torch.equal(ours, theirs), f"{name} differs after a resume at step {step}"
         ours, theirs = optimizer_tensors(resumed.optimizer), optimizer_tensors(whole.optimizer)
         assert ours[1] == theirs[1] and ours[0].keys() == theirs[0].keys()
@@ -263,7 +273,8 @@ def test_dropping_any_part_of_the_state_is_visible(tmp_path, monkeypatch):
             resumed = Run("adamw").resume(tmp_path)
         for _ in range(2):
             resumed.step()
-        same = all(torch.equal(ours, theirs) for ours, theirs in zip(resumed.net.parameters(), whole.net.parameters()))
+        pairs = zip(resumed.net.parameters(), whole.net.parameters(), strict=True)
+        same = all(torch.equal(ours, theirs) for ours, theirs in pairs)
         assert same == (part is None)
 
 

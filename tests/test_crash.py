@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,16 @@ def in_child(work) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def dying_save(folder: Path, at: int, strike, sync: bool) -> int:
+    """Save step 600 until operation `at`; if that is never reached, cut the power after the save all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(patch, at, strike, sync)
+        assert save(folder, 600) is None
+        if strike is not kill:  # a save that has returned must be durable
+            disk.lose_power(names=strike is cut_power)
+    return 0
+
+
 def sweep(tmp_path: Path, scene, strike, sync: bool = True) -> list[int]:
     """Kill a save of step 600 at operation 1, 2, ... until one ends well; the newest step before and after each."""
     found = []
@@ -203,15 +214,7 @@ def sweep(tmp_path: Path, scene, strike, sync: bool = True) -> list[int]:
     while True:
         folder = tmp_path / f"at-{len(found) + 1}"
         shutil.copytree(prepared, folder)
-
-        def work() -> int:
-            with pytest.MonkeyPatch.context() as patch:
-                disk = Disk(patch, len(found) + 1, strike, sync)
-                assert save(folder, 600) is None
-                if strike is not kill:  # a save that has returned must be durable
-                    disk.lose_power(names=strike is cut_power)
-            return 0
-
+        work = partial(dying_save, folder, len(found) + 1, strike, sync)
         try:
             code = in_child(work) if strike is kill else work()
         except PowerCut:
@@ -294,43 +297,40 @@ def test_a_failing_disk_leaves_the_old_checkpoint_and_the_run(tmp_path, scene, n
             return
 
 
+def signalled_save(folder: Path, at: int, number: int, num_signals: int) -> int:
+    """Save step 600 and send this process signals at operation `at`; leaves a mark where each part was reached."""
+
+    def send(disk: Disk, name: str) -> None:
+        (folder / "reached").touch()
+        for _ in range(num_signals):
+            os.kill(os.getpid(), number)
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    stop = Stop()
+    Disk(pytest.MonkeyPatch(), at, send)
+    assert save(folder, 600) is None
+    (folder / "finished").touch()
+    return stop.exit_code if stop.requested else 0
+
+
+@pytest.mark.parametrize("number, expected", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("num_signals", [1, 2])
-def test_a_signal_inside_a_save(tmp_path, num_signals):
+def test_a_signal_inside_a_save(tmp_path, num_signals, number, expected):
     """One signal: the save ends and the exit code says why. Two: the process leaves at once and nothing is torn."""
     prepared = tmp_path / "prepared"
     prepared.mkdir()
     third_save(prepared)
-    num_left_early = 0
-    for number, expected in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        at = 0
-        while True:
-            at += 1
-            folder = tmp_path / f"{number}-{at}"
-            shutil.copytree(prepared, folder)
-            reached = folder / "reached"
-
-            def send(disk: Disk, name: str) -> None:
-                reached.touch()
-                for _ in range(num_signals):
-                    os.kill(os.getpid(), number)
-
-            def work() -> int:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-                stop = Stop()
-                Disk(pytest.MonkeyPatch(), at, send)
-                assert save(folder, 600) is None
-                (folder / "finished").touch()
-                return stop.exit_code if stop.requested else 0
-
-            code = in_child(work)
-            if not reached.exists():
-                assert code == 0 and at > 15
-                break
-            assert code == expected
-            finished = (folder / "finished").exists()
-            assert finished == (num_signals == 1)
-            num_left_early += not finished
-            assert loaded_step(folder) == 600 if finished else loaded_step(folder) in (400, 600)
-            assert save(folder, 610) is None and loaded_step(folder) == 610
-            shutil.rmtree(folder)
-    assert (num_left_early > 0) == (num_signals == 2)
+    at = 0
+    while True:
+        at += 1
+        folder = tmp_path / f"at-{at}"
+        shutil.copytree(prepared, folder)
+        code = in_child(partial(signalled_save, folder, at, number, num_signals))
+        if not (folder / "reached").exists():
+            assert code == 0 and at > 15
+            return
+        assert code == expected
+        assert (folder / "finished").exists() == (num_signals == 1)
+        assert loaded_step(folder) in ((600,) if num_signals == 1 else (400, 600))
+        assert save(folder, 610) is None and loaded_step(folder) == 610
+        shutil.rmtree(folder)

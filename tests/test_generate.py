@@ -1,7 +1,5 @@
 """generate() against transformers' own generate, against the training path, and against plain probability."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from PIL import Image
@@ -215,21 +213,19 @@ def test_a_prefix_stands_in_front_of_every_row(folders, name):
         assert teacher_forced(model, family, prompt, answer.ids).argmax(-1).tolist() == answer.ids
 
 
-@pytest.mark.parametrize("quant", [None, "8bit", "4bit"])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("quant, autocast", [(None, False), (None, True), ("8bit", True), ("4bit", False)])
 def test_adapters_on_any_base_with_and_without_autocast(folders, quant, autocast):
     model, family = load(folders["qwen2_5_vl"], quant=quant)
     attach(model, family, Settings(r=4))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(2))
-    prompts = prompts_of(family)
-    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-        found = generate(model, prompts, NUM_TOKENS, stop_ids=[])
-        for prompt, answer in zip(prompts, found, strict=True):
+    prompts = prompts_of(family)[:2]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for prompt, answer in zip(prompts, generate(model, prompts, 4, stop_ids=[]), strict=True):
             logits = teacher_forced(model, family, prompt, answer.ids)
             behind = logits.max(-1).values - logits.gather(-1, torch.tensor(answer.ids)[:, None])[:, 0]
-            assert behind.max() < 0.05 * logits.std()  # 8-bit rounds a whole row's activations, bf16 breaks ties
+            assert behind.max() < 0.05 * logits.std()  # 8-bit rounds a row of activations together
 
 
 def test_the_model_is_put_back_as_it_was(folders):

@@ -11,8 +11,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-
 from conftest import ROOT
+
 from data.errors import UserError
 from training.guards import Statistics, Stop, is_out_of_memory, judge, open_folder
 

@@ -10,8 +10,8 @@ from conftest import REFERENCE, shared
 
 from data.errors import UserError
 from data.labels import MARKS, NO_LOSS, cut_turns, explain, mask
-from model.family import Options, find_family
 from model.families.qwen2 import render_with_tools
+from model.family import Options, find_family
 
 STOP = "<|im_end|>"
 TOKENIZERS = {"qwen2": "qwen2.5", "qwen2_5_vl": "qwen2.5-vl"}
@@ -115,10 +115,12 @@ def test_reference_vision_prompts(vision, case):
 # ---- random conversations -------------------------------------------------------------------------------------------
 
 WORDS = [
-    "assistant", "system\n", "user", "\n", "\n\n", "  ", "a", "Zoë", "naïve", "你好", "👋🏽", "e\u0301", "0", "1,234.5", "{}", '"', "\\",
-    "<think>", "<|im_start|>", "<|im_end|>", "<|im_end|>\n", "<|im_start|>assistant\n", "<|endoftext|>", "<|image_pad|>",
-    "<|vision_start|><|image_pad|><|vision_end|>", "<|video_pad|>", "<|im_", "start|>", "<tool_response>", "</tool_response>",
-    "<", "|", MARKS[0], MARKS[1], "\u200b", "\t", "def f(x):\n    return x", "ﬁ", "\r\n", "&lt;", "{{ 1 }}", "{% raw %}",
+    "assistant", "system\n", "user", "\n", "\n\n", "  ", "a", "Zo\u00eb", "na\u00efve", "\u4f60\u597d",
+    "\U0001f44b\U0001f3fd", "e\u0301", "0", "1,234.5", "{}", '"', "\\", "<think>", "<|im_start|>", "<|im_end|>",
+    "<|im_end|>\n",
+    "<|im_start|>assistant\n", "<|endoftext|>", "<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>",
+    "<|video_pad|>", "<|im_", "start|>", "<tool_response>", "</tool_response>", "<", "|", MARKS[0], MARKS[1],
+    "\u200b", "\t", "def f(x):\n    return x", "\ufb01", "\r\n", "&lt;", "{{ 1 }}", "{% raw %}",
 ]  # fmt: skip
 
 
@@ -151,8 +153,8 @@ def random_chat(draw, tools=False):
 def random_tools(draw):
     names = ["click", "go to", "scroll"]
     return [
-        {"type": "function", "function": {"name": n, "description": random_text(draw), "parameters": {"type": "object"}}}
-        for n in names[: draw.randint(1, 3)]
+        {"type": "function", "function": {"name": name, "description": random_text(draw), "parameters": {}}}
+        for name in names[: draw.randint(1, 3)]
     ]
 
 
@@ -205,9 +207,9 @@ def test_typed_text_is_the_same_as_a_string(family):
     for _ in range(100):
         messages = random_chat(draw)
         cut = draw.randint(0, 8)
-        typed = [
-            m | {"content": [{"type": "text", "text": t} for t in (m["content"][:cut], m["content"][cut:])]} for m in messages
-        ]
+        halves = [(m["content"][:cut], m["content"][cut:]) for m in messages]
+        parts = [[{"type": "text", "text": text} for text in pair] for pair in halves]
+        typed = [m | {"content": content} for m, content in zip(messages, parts, strict=True)]
         assert torch.equal(family.encode(typed).input_ids, family.encode(messages).input_ids)
 
 
@@ -216,9 +218,11 @@ def test_two_halves_of_a_special_token_around_a_picture(vision):
 
     picture = {"type": "image", "image": Image.new("RGB", (56, 56))}
     parts = [{"type": "text", "text": t} for t in ("<|im_", "end|>", "<|image_pad|>")]
-    example = vision.encode([{"role": "user", "content": [*parts, picture, *parts]}, {"role": "assistant", "content": "ok"}])
+    user = {"role": "user", "content": [*parts, picture, *parts]}
+    example = vision.encode([user, {"role": "assistant", "content": "ok"}])
     ids = example.input_ids.tolist()
-    assert ids.count(151645) == 3 and ids.count(151655) == 4 and example.image_spans[0][1] - example.image_spans[0][0] == 4
+    assert ids.count(151645) == 3 and ids.count(151655) == 4
+    assert [b - a for a, b in example.image_spans] == [4]
 
 
 def test_picture_rows(vision, tmp_path):
@@ -231,7 +235,8 @@ def test_picture_rows(vision, tmp_path):
         content += [{"type": "text", "text": random_text(draw)} for _ in range(draw.randint(0, 3))]
         draw.shuffle(content)
         order = [part["image"].size for part in content if part["type"] == "image"]
-        example = vision.encode([{"role": "user", "content": content}, {"role": "assistant", "content": "done"}], id=f"r{number}")
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "done"}]
+        example = vision.encode(messages, id=f"r{number}")
         assert example.id == f"r{number}" and spans(vision, example) == ["done" + STOP]
         assert [b - a for a, b in example.image_spans] == [vision.picture_positions(*size) for size in order]
         assert int((example.input_ids == 151655).sum()) == sum(b - a for a, b in example.image_spans)
@@ -255,7 +260,10 @@ def test_too_long_rows_are_refused_whole(family):
 
 
 def test_template_that_drops_a_turn_is_refused(text, monkeypatch):
-    merged = "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    merged = (
+        "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    )
     monkeypatch.setattr(text.tokenizer, "chat_template", merged)
     messages = [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]
     with pytest.raises(UserError, match="1 assistant turns of 2"):
@@ -337,13 +345,15 @@ def test_arguments_must_be_an_object(text):
 def test_tool_rows_with_pictures(caller):
     from PIL import Image
 
+    picture = {"type": "image", "image": Image.new("RGB", (84, 56))}
     messages = [
-        {"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (84, 56))}, {"type": "text", "text": "Go."}]},
+        {"role": "user", "content": [picture, {"type": "text", "text": "Go."}]},
         {"role": "assistant", "content": "", "tool_calls": [CALL]},
     ]
     example = caller.encode(messages, [TOOL])
     assert [b - a for a, b in example.image_spans] == [6]
-    assert spans(caller, example) == ['<tool_call>\n{"name": "click", "arguments": {"mark_id": 3}}\n</tool_call>' + STOP]
+    call = '{"name": "click", "arguments": {"mark_id": 3}}'
+    assert spans(caller, example) == [f"<tool_call>\n{call}\n</tool_call>{STOP}"]
 
 
 def test_each_action_of_a_run_is_trained_once(caller):
@@ -373,7 +383,8 @@ def test_each_action_of_a_run_is_trained_once(caller):
 def test_cut_turns_and_mask():
     pieces = cut_turns("S[a]x]y[a]z", "[a]", "]")
     assert [(p.text, p.trained) for p in pieces] == [("S[a]", False), ("x]", True), ("y[a]", False), ("z", True)]
-    assert mask([([1, 2], False), ([3], True), ([], True), ([4], False)]) == ([1, 2, 3, 4], [NO_LOSS, NO_LOSS, 3, NO_LOSS])
+    ids, labels = mask([([1, 2], False), ([3], True), ([], True), ([4], False)])
+    assert ids == [1, 2, 3, 4] and labels == [NO_LOSS, NO_LOSS, 3, NO_LOSS]
 
 
 def test_all_marks_in_one_row_is_a_sentence(text):
@@ -387,8 +398,9 @@ def test_explain_shows_the_mask(vision):
     content = [{"type": "image", "image": Image.new("RGB", (56, 56))}, {"type": "text", "text": "What?"}]
     example = vision.encode([{"role": "user", "content": content}, {"role": "assistant", "content": "A [box]."}])
     assert explain(example, vision.tokenizer, colour=False) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><4 picture positions>"
-        "<|vision_end|>What?<|im_end|>\n<|im_start|>assistant\n[[A [box].<|im_end|>]]\n"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><4 picture positions><|vision_end|>What?<|im_end|>\n"
+        "<|im_start|>assistant\n[[A [box].<|im_end|>]]\n"
     )
 
 

@@ -27,11 +27,12 @@ from stages.sft import Flags, Stage
 TEXT = dict(
     architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=64, intermediate_size=96, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1e6, vocab_size=128,
-    max_position_embeddings=512, tie_word_embeddings=True, use_sliding_window=False, hidden_act="silu", bos_token_id=1, eos_token_id=2,
+    max_position_embeddings=512, tie_word_embeddings=True, use_sliding_window=False, hidden_act="silu",
+    bos_token_id=1, eos_token_id=2,
 )
 VISION = TEXT | dict(
-    architectures=["Qwen2_5_VLForConditionalGeneration"], model_type="qwen2_5_vl", image_token_id=120, video_token_id=121,
-    vision_start_token_id=122, vision_end_token_id=123, vision_token_id=124,
+    architectures=["Qwen2_5_VLForConditionalGeneration"], model_type="qwen2_5_vl", image_token_id=120,
+    video_token_id=121, vision_start_token_id=122, vision_end_token_id=123, vision_token_id=124,
     rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
     vision_config=dict(
         depth=2, hidden_act="silu", hidden_size=32, intermediate_size=44, num_heads=2, in_chans=3, out_hidden_size=64,
@@ -40,9 +41,11 @@ VISION = TEXT | dict(
     ),
 )
 PROCESSOR = dict(
-    patch_size=14, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3, min_pixels=784, max_pixels=50176
+    patch_size=14, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+    min_pixels=784, max_pixels=50176,
 )
 CONFIGS = {"text": TEXT, "vision": VISION}
+PREFIX = dict(peft_type="PREFIX_TUNING", num_virtual_tokens=5)
 SCALES = {"lora": dict(), "rslora": dict(use_rslora=True), "dora": dict(use_dora=True)}
 
 
@@ -82,7 +85,7 @@ def examples_of(family, seed: int = 0) -> list:
         for number in range(num_pictures if family.image_token_id else 0):
             pixels, count = family.picture(Image.new("RGB", (60 + 30 * number, 80), (200, 40 * number, 90)))
             pictures.append(pixels)
-            ids += [family.config["vision_start_token_id"], *[family.image_token_id] * count, family.config["vision_end_token_id"]]
+            ids += [VISION["vision_start_token_id"], *[family.image_token_id] * count, VISION["vision_end_token_id"]]
             ids += words(4)
         labels = [-100] * (len(ids) - 4) + ids[-4:]
         examples.append(family.example(ids, labels, family.join_pixels(pictures)))
@@ -114,6 +117,12 @@ def gradients(model, family, examples) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
+def hub_model(folder: Path):
+    """The model as transformers alone reads it."""
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
+
+
 @torch.no_grad()
 def hub_logits(net, family, example) -> torch.Tensor:
     """Logits of one example by transformers (and peft) alone, positions given (facts of the rule: the family's)."""
@@ -128,7 +137,7 @@ def assert_same(ours, theirs, atol=2e-5):
         torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
-# ---- which modules ----------------------------------------------------------------------------------------------------------
+# ---- which modules ------------------------------------------------------------------------------------------------
 
 
 def test_default_targets_are_those_of_the_language_model_alone(bases):
@@ -189,8 +198,14 @@ def test_table_unpacks_quantised_weights(bases):
     assert trainable_table(plain) == trainable_table(four)
 
 
-@pytest.mark.parametrize("frozen, trained", [((False, False), {"language", "projector", "vision"}), ((True, False), {"language", "projector"}),
-                                             ((True, True), {"language"})])
+@pytest.mark.parametrize(
+    "frozen, trained",
+    [
+        ((False, False), {"language", "projector", "vision"}),
+        ((True, False), {"language", "projector"}),
+        ((True, True), {"language"}),
+    ],
+)
 def test_full_fine_tuning_by_part(bases, frozen, trained):
     model, family = load_model(bases["vision"], dtype="float32")
     attach(model, family, Settings(use_lora=False, freeze_vision=frozen[0], freeze_projector=frozen[1]))
@@ -209,11 +224,13 @@ def test_what_cannot_be_trained_is_refused(bases):
         attach(model, family, Settings(use_lora=False, freeze_vision=True))
 
 
-# ---- training ---------------------------------------------------------------------------------------------------------------
+# ---- training -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quant, dtype", [(None, "float32"), (None, "bfloat16"), ("8bit", "bfloat16"), ("4bit", "bfloat16")])
 @pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    "quant, dtype", [(None, "float32"), (None, "bfloat16"), ("8bit", "bfloat16"), ("4bit", "bfloat16")]
+)
 def test_a_fresh_adapter_changes_nothing_and_every_b_gets_a_gradient(bases, quant, dtype, dora):
     if quant == "8bit" and dora:
         pytest.skip("DoRA on an 8-bit base is refused (its own test)")
@@ -231,7 +248,7 @@ def test_a_fresh_adapter_changes_nothing_and_every_b_gets_a_gradient(bases, quan
 
 
 @pytest.mark.parametrize("quant", [None, "8bit", "4bit"])
-@pytest.mark.parametrize("settings", [dict(), dict(peft_type="PREFIX_TUNING", num_virtual_tokens=5)], ids=["lora", "prefix"])
+@pytest.mark.parametrize("settings", [dict(), PREFIX], ids=["lora", "prefix"])
 def test_switched_off_is_the_base_exactly(bases, quant, settings):
     base, family = load_model(bases["text"], quant=quant, dtype="float32")
     model, family, _ = make(bases["text"], quant=quant, **settings)
@@ -248,8 +265,8 @@ CHECKPOINTED = [
     ("vision", dict(), None),
     ("vision", dict(parts=["language", "vision"]), None),
     ("text", dict(use_dora=True), "4bit"),
-    ("text", dict(peft_type="PREFIX_TUNING", num_virtual_tokens=5), None),
-    ("vision", dict(peft_type="PREFIX_TUNING", num_virtual_tokens=5), None),
+    ("text", PREFIX, None),
+    ("vision", PREFIX, None),
 ]
 
 
@@ -269,13 +286,13 @@ def test_checkpointing_does_not_change_the_gradients(bases, kind, settings, quan
 
 
 def test_neighbours_in_the_row_do_not_matter(bases):
-    for settings in (dict(), dict(peft_type="PREFIX_TUNING", num_virtual_tokens=5)):
+    for settings in (dict(), PREFIX):
         model, family, _ = make(bases["vision"], **settings)
         examples = examples_of(family)
         assert_same(model.logits(examples), model.logits(examples, as_original_batch=True))
 
 
-# ---- saved, and opened by peft alone ------------------------------------------------------------------------------------------
+# ---- saved, and opened by peft alone ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -290,28 +307,30 @@ def test_peft_opens_what_is_saved(bases, tmp_path, kind, variant):
     for form in forms:
         net = form.from_pretrained(tmp_path, dtype=torch.float32).eval()
         assert_same([hub_logits(net, family, example) for example in examples], ours)
-    architecture = getattr(transformers, CONFIGS[kind]["architectures"][0])
-    net = peft.PeftModel.from_pretrained(architecture.from_pretrained(bases[kind], dtype=torch.float32), tmp_path).eval()
+    net = peft.PeftModel.from_pretrained(hub_model(bases[kind]), tmp_path).eval()
     assert_same([hub_logits(net, family, example) for example in examples], ours)
-    assert {n for n, m in net.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)} == set(lora_layers(model.net))
+    found = {name for name, m in net.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    assert found == set(lora_layers(model.net))
 
 
-@pytest.mark.parametrize("targets, expected", [(["q_proj", "v_proj"], ["q_proj", "v_proj"]), (["gate_proj"], None)])
+@pytest.mark.parametrize(
+    "targets, expected", [(["q_proj", "v_proj"], ["q_proj", "v_proj"]), (["gate_proj"], None)], ids=["short", "full"]
+)
 def test_target_modules_mean_the_same_modules_to_peft(bases, tmp_path, targets, expected):
-    """Short names where they are enough; gate_proj would also reach the vision tower, so there full names are written."""
+    """Short names where they are enough; gate_proj would also reach the vision tower, so it gets full names."""
     model, family, settings = make(bases["vision"], targets=targets)
     save_adapter(model, family, tmp_path, settings, bases["vision"])
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == (expected or sorted(lora_layers(model.net)))
-    assert config["task_type"] is None and config["auto_mapping"]["base_model_class"] == "Qwen2_5_VLForConditionalGeneration"
+    assert config["task_type"] is None
+    assert config["auto_mapping"]["base_model_class"] == VISION["architectures"][0]
 
 
 def test_peft_opens_a_prefix_on_text_rows(bases, tmp_path):
     for kind in CONFIGS:
-        model, family, settings = make(bases[kind], peft_type="PREFIX_TUNING", num_virtual_tokens=5)
+        model, family, settings = make(bases[kind], **PREFIX)
         save_adapter(model, family, tmp_path / kind, settings, bases[kind])
-        architecture = getattr(transformers, CONFIGS[kind]["architectures"][0])
-        net = peft.PeftModel.from_pretrained(architecture.from_pretrained(bases[kind], dtype=torch.float32), tmp_path / kind).eval()
+        net = peft.PeftModel.from_pretrained(hub_model(bases[kind]), tmp_path / kind).eval()
         example = examples_of(family)[1]  # the row without pictures
         mask = torch.ones(1, len(example), dtype=torch.long)
         with torch.no_grad():
@@ -325,9 +344,9 @@ def test_peft_opens_a_prefix_on_text_rows(bases, tmp_path):
 def test_an_adapter_made_by_peft_is_read(bases, tmp_path):
     """The other way round: rsLoRA and DoRA trained by peft, opened here."""
     for variant, options in SCALES.items():
-        net = transformers.Qwen2ForCausalLM.from_pretrained(bases["text"], dtype=torch.float32)
-        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False, **options)
-        net = peft.get_peft_model(net, config).eval()
+        common = dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", **common, **options)
+        net = peft.get_peft_model(hub_model(bases["text"]), config).eval()
         net.save_pretrained(tmp_path / variant)
         model, family = load_model(bases["text"], dtype="float32")
         load_adapter(model, family, tmp_path / variant)
@@ -335,23 +354,29 @@ def test_an_adapter_made_by_peft_is_read(bases, tmp_path):
         assert_same(model.logits(examples), [hub_logits(net, family, example) for example in examples])
 
 
+def rename_as_older(path: Path) -> None:
+    """Give the tensors of an adapter the names that they had when the hub's names were the modules' names."""
+    tensors = load_file(path)
+    new = {"model.model.language_model.": "model.model.", "model.model.visual.": "model.visual."}
+    older = {name: name for name in tensors}
+    for prefix, replacement in new.items():
+        older = {name: old.replace(prefix, replacement) for name, old in older.items()}
+    assert set(older.values()).isdisjoint(tensors)
+    save_file({older[name]: tensor for name, tensor in tensors.items()}, path)
+
+
 def test_older_names_of_qwen_vl_are_read(bases, tmp_path):
     model, family, settings = make(bases["vision"], parts=["language", "projector", "vision"])
     save_adapter(model, family, tmp_path, settings, bases["vision"])
     path = tmp_path / "adapter_model.safetensors"
-    older = {
-        name.replace("model.model.language_model.", "model.model.").replace("model.model.visual.", "model.visual."): tensor
-        for name, tensor in load_file(path).items()
-    }
-    assert set(older).isdisjoint(load_file(path))
-    save_file(older, path)
+    rename_as_older(path)
     again, family = load_model(bases["vision"], dtype="float32")
     load_adapter(again, family, tmp_path)
     examples = examples_of(family)
     assert_same(again.logits(examples), model.logits(examples), 0)
 
 
-# ---- --adapter DIR ------------------------------------------------------------------------------------------------------------
+# ---- --adapter DIR ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quant", [None, "8bit", "4bit"])
@@ -412,8 +437,8 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(tensors={"base_model.model.lm_head.modules_to_save.weight": torch.zeros(2)}), "not a tensor of LoRA layers"),
-        (dict(tensors={"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.zeros(4, 64)}), "layers.9.* has"),
+        (dict(tensors={"base_model.model.lm_head.saved.weight": torch.zeros(2)}), "not a tensor of LoRA layers"),
+        (dict(tensors={FIRST.replace("0", "9") + ".lora_A.weight": torch.zeros(4, 64)}), "layers.9.* has"),
         (dict(drop=f"{FIRST}.lora_B.weight"), "asks for"),
         (dict(tensors={f"{FIRST}.lora_A.weight": torch.zeros(3, 64)}), "says r 4"),
         (dict(config={"peft_type": "LOHA"}), "peft_type 'LOHA'"),

@@ -8,10 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from conftest import ROOT
-from safetensors.torch import load_file
-from test_lora import CONFIGS, SCALES, assert_same, bases, examples_of, hub_logits, make, tiny_base  # noqa: F401
+from test_lora import (  # noqa: F401
+    CONFIGS,
+    SCALES,
+    assert_same,
+    bases,
+    examples_of,
+    hub_logits,
+    hub_model,
+    make,
+    rename_as_older,
+    tiny_base,
+)
 
 import lora.merge
 from data.errors import UserError
@@ -40,7 +49,7 @@ def test_transformers_opens_the_merged_model(bases, tmp_path, monkeypatch, kind,
     merge(bases[kind], tmp_path / "adapter", tmp_path / "merged")
     examples = examples_of(family)
     ours = model.logits(examples)
-    net = getattr(transformers, CONFIGS[kind]["architectures"][0]).from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    net = hub_model(tmp_path / "merged")
     assert_same([hub_logits(net, family, example) for example in examples], ours)
     assert_same(load_model(tmp_path / "merged", dtype="float32")[0].logits(examples), ours)
 
@@ -61,7 +70,7 @@ def test_target_tensors_are_rounded_once_and_nothing_else_changes(tmp_path, dtyp
             a, b = (changed[name][f"lora_{letter}.weight"] for letter in "AB")
             exact = weight.double() + adapter.scale * (b.double() @ a.double())
             gap = (merged[name].double() - exact).abs()
-            assert (gap <= torch.finfo(dtype).eps / 2 * exact.abs() * 1.01 + 1e-6).all()  # half a unit in the last place
+            assert (gap <= torch.finfo(dtype).eps / 2 * exact.abs() * 1.01 + 1e-6).all()  # half of the last place
             assert not torch.equal(merged[name], weight)
         else:
             assert torch.equal(merged[name], weight)
@@ -81,15 +90,9 @@ def test_dora_sets_the_norm_of_every_row(bases, tmp_path):  # noqa: F811
 
 
 def test_older_names_are_merged(bases, tmp_path):  # noqa: F811
-    from safetensors.torch import save_file
-
     saved(tmp_path / "adapter", bases["vision"], parts=["language", "vision"])
     merge(bases["vision"], tmp_path / "adapter", tmp_path / "merged")
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    tensors = load_file(path)
-    older = {n.replace("model.model.language_model.", "model.model.").replace("model.model.visual.", "model.visual."): t for n, t in tensors.items()}
-    assert set(older).isdisjoint(tensors)
-    save_file(older, path)
+    rename_as_older(tmp_path / "adapter" / "adapter_model.safetensors")
     merge(bases["vision"], tmp_path / "adapter", tmp_path / "older")
     for name in Shards(bases["vision"]).files():
         assert (tmp_path / "older" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
@@ -109,7 +112,7 @@ def test_memory_is_one_block(tmp_path, monkeypatch):
     assert peak < 20_000 * 3 + adapter_bytes * 2 + 200_000 < 20_000 * 64 * 2  # the embedding alone is 2.5 MB
 
 
-# ---- refused ----------------------------------------------------------------------------------------------------------------
+# ---- refused ------------------------------------------------------------------------------------------------------
 
 
 def test_the_same_adapter_is_not_merged_twice(bases, tmp_path):  # noqa: F811
@@ -133,8 +136,8 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(bases, tmp_path):  
     wider = tiny_base(tmp_path / "wider", "text", intermediate_size=112)
     for adapter, base, words in (
         ("prefix", bases["text"], "keep it as an adapter"),
-        ("text", wider, r"which is \(112, 64\)"),
-        ("vision", bases["text"], "does not hold"),
+        ("text", wider, "the adapter is of another base"),
+        ("vision", bases["text"], "its base is another"),
         ("nothing", bases["text"], "adapter_config.json: not found"),
         ("text", tmp_path, "neither model.safetensors"),
     ):
@@ -151,7 +154,7 @@ def test_a_merge_that_breaks_off_leaves_nothing(bases, tmp_path, monkeypatch):  
     assert not list((tmp_path / "out").iterdir())
 
 
-# ---- the report, and the command ----------------------------------------------------------------------------------------------
+# ---- the report, and the command ----------------------------------------------------------------------------------
 
 
 def dequantized_base(base: Path, quant: str):
@@ -163,14 +166,15 @@ def dequantized_base(base: Path, quant: str):
     return plain, family
 
 
+TEXTS = ["where is save", "open the file", "close", "what is written here", "go back"]
+
+
 @pytest.fixture
 def rows(tmp_path):
     """Five rows of chat that the tiny tokenizer of real_base reads."""
     path = tmp_path / "rows.jsonl"
-    texts = ["where is save", "open the file", "close", "what is written here", "go back"]
-    path.write_text("".join(
-        json.dumps({"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": t[::-1]}]}) + "\n" for t in texts
-    ))
+    turns = [[{"role": "user", "content": t}, {"role": "assistant", "content": t[::-1]}] for t in TEXTS]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
     return path
 
 
@@ -198,14 +202,14 @@ def test_report(tmp_path, real_base, rows, quant):
     assert read_adapter(tmp_path / "adapter").base_quant == quant
     merge(real_base, tmp_path / "adapter", tmp_path / "merged")
     report = compare(real_base, tmp_path / "adapter", tmp_path / "merged", rows, None, "cpu")
-    assert report["rows"] == 5 and report["positions"] == sum(len(t) + 1 for t in ("where is save", "open the file", "close", "what is written here", "go back"))
+    assert (report["rows"], report["positions"]) == (len(TEXTS), sum(len(text) + 1 for text in TEXTS))
     w16, without = report["w16_plus_ba"], report["without_adapter"]
     assert 0 < w16["mean"] < 0.1 * without["mean"] and w16["same_argmax"] > 0.9
     text = report_text(report)
     assert "W16 + BA" in text and "warning" not in text
     assert ("dequantised_plus_ba" in report) == (quant is not None) == ("dequant(Wq)" in text)
     if quant:
-        assert report["dequantised_plus_ba"]["mean"] > 2 * w16["mean"]
+        assert report["dequantised_plus_ba"]["mean"] > {"8bit": 1.3, "4bit": 5}[quant] * w16["mean"]
 
 
 @pytest.mark.parametrize("quant, smallest, largest", [("8bit", 1e-4, 0.05), ("4bit", 0.02, 0.5)])
@@ -229,7 +233,8 @@ def test_an_adapter_too_weak_for_the_rounding_is_called_out(tmp_path, real_base,
     model, family, settings = make(real_base)
     with torch.no_grad():
         for name, parameter in adapter_parameters(model).items():
-            parameter.mul_(1e-4)
+            if "lora_B" in name:
+                parameter.mul_(0.003)
     save_adapter(model, family, tmp_path / "adapter", settings, real_base)
     merge(real_base, tmp_path / "adapter", tmp_path / "merged")
     assert "warning" in report_text(compare(real_base, tmp_path / "adapter", tmp_path / "merged", rows, None, "cpu"))
@@ -246,8 +251,6 @@ def test_the_command(tmp_path, real_base, rows):
     assert done.returncode == 0 and "merged 14 tensors" in done.stdout and "W16 + BA" in done.stdout, done.stderr
     entry = json.loads((tmp_path / "merged" / "merge.json").read_text())["merged"][0]
     assert len(entry["tensors"]) == 14 and entry["report"]["rows"] == 5
-    again = command(*flags)
-    assert again.returncode == 2 and again.stderr.startswith("error: --output_dir") and again.stderr.count("\n") == 1
     for wrong in ([], ["merge"], ["unmerge"], [*flags, "--lora_r", "4"]):
         done = command(*wrong)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -3,7 +3,7 @@
 A checkpoint is written into a hidden folder, every file flushed to disk, a manifest of sizes and sha256 last; one
 rename makes it visible, and only then are old ones removed. Reading takes the newest folder whose manifest verifies. So
 at every instant there is a whole checkpoint on disk, and a damaged one is noticed. Only safetensors and JSON, because
-unpickling runs code. Costs one tensor of memory, about 1.2 s of sha256 a GiB, and the disk's true writing time.
+unpickling runs code. Costs one tensor of memory, 0.6-1.2 s of sha256 a GiB, and the disk's true writing time.
 """
 
 import hashlib
@@ -137,7 +137,7 @@ def find_resume(folder: str | Path, resume: str | None) -> Path | None:
     steps = [path.name for path in _candidates(folder)]
     if resume in (None, "no"):
         if steps:
-            raise UserError(f"{folder} holds a run ({steps[0]}): go on with --resume yes, or choose another --output_dir")
+            raise UserError(f"{folder} holds a run ({steps[0]}): add --resume yes, or choose another --output_dir")
         return None
     if resume == "yes":
         found = newest_whole(folder)
@@ -153,7 +153,7 @@ def find_resume(folder: str | Path, resume: str | None) -> Path | None:
     else:
         found, problem = path, find_problem(path)
     if problem:
-        raise UserError(f"--resume {resume}: {problem}; {folder} has {', '.join(steps) or 'no checkpoints'} to choose from")
+        raise UserError(f"--resume {resume}: {problem}; {folder} has {', '.join(steps) or 'no checkpoint'} to offer")
     return found
 
 

@@ -76,6 +76,7 @@ class Config:
     adam_beta2: float = option(0.999, "decay of the squared gradients that AdamW averages", high=0.99999)
     weight_decay: float = option(0.0, "decoupled weight decay of matrices")
     max_grad_norm: float = option(1.0, "gradient norm to clip to; 0: no clipping")
+    skip_spikes: bool = option(False, "leave out updates whose loss or gradient norm is 6 sigma above the last 128")
     epochs: int = option(3, "passes over the rows", low=1)
     max_steps: int | None = option(None, "updates; ends the run instead of epochs", low=1)
     batch_size: int = option(16, "examples: batch_size x grad_accum make one update; only the product counts, because "

@@ -150,7 +150,11 @@ class FolderLock:
         self._file.flush()
 
     def release(self) -> None:
-        """Let go before the process ends."""
+        """Let go before the process ends; a folder in which nothing was written is removed again."""
+        folder = Path(self._file.name).parent
+        if [path.name for path in folder.iterdir()] == [LOCK]:
+            os.unlink(self._file.name)
+            folder.rmdir()
         self._file.close()
 
 
@@ -165,7 +169,7 @@ def open_folder(folder: str | Path) -> FolderLock:
         folder.mkdir(parents=True, exist_ok=True)
         names = sorted(path.name for path in folder.iterdir())
         is_run = "run.yaml" in names or any((folder / "checkpoints").glob("step-*"))
-        strangers = [name for name in names if name not in (LOCK, "checkpoints", "bad_rows.jsonl")]
+        strangers = [name for name in names if name not in (LOCK, "checkpoints", "bad_rows.jsonl", "rows", ".rehearsal")]
         if strangers and not is_run:
             raise UserError(
                 f"{folder}: holds {strangers[0]!r} and no run of this trainer; choose an empty folder as --output_dir, "

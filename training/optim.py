@@ -2,8 +2,8 @@
 
 The learning rate depends on the step number alone, so there is no scheduler whose state a resume could lose. Optimizer
 state leaves and enters as plain named tensors, bit for bit. Memory per trained parameter beside weight and gradient: 8
-bytes for AdamW, 2 for the 8-bit ones, which are slow on a processor (33 times AdamW's step). bf16 weights under an 8-bit
-optimizer are rounded stochastically: rounding to nearest would drop every update below 1/512 of a weight.
+bytes for AdamW, 2 for the 8-bit ones, which are slow on a processor (33 times AdamW's step). bf16 weights under an
+8-bit optimizer are rounded stochastically: rounding to nearest would drop every update below 1/512 of a weight.
 """
 
 import importlib
@@ -128,7 +128,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch
     """
     tensors, numbers = {}, {}
     for group in optimizer.param_groups:
-        for name, p in zip(group["param_names"], group["params"]):
+        for name, p in zip(group["param_names"], group["params"], strict=True):
             for key, value in optimizer.state.get(p, {}).items():
                 (tensors if isinstance(value, torch.Tensor) else numbers)[f"{name}/{key}"] = value
     return tensors, numbers
@@ -147,7 +147,7 @@ def load_optimizer_tensors(
         parameter, key = name.rsplit("/", 1)
         saved.setdefault(parameter, {})[key] = value
     for group_index, group in enumerate(optimizer.param_groups):
-        for index, (name, p) in enumerate(zip(group["param_names"], group["params"])):
+        for index, (name, p) in enumerate(zip(group["param_names"], group["params"], strict=True)):
             state = saved.pop(name, {})
             if state and hasattr(optimizer, "init_state"):
                 optimizer.init_state(group, p, group_index, index)

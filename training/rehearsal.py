@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from data.errors import UserError
+from model.head import CHUNK_BYTES
 from training import checkpoint
 from training.guards import is_out_of_memory
 from training.memory import STATE_BYTES, advise, free_gib, peak_gib, plan, stack_from_config, weights_by_part
@@ -42,7 +43,7 @@ class Forecast:
         return "\n".join(lines + ([f"  {self.advice}"] if self.advice else []))
 
 
-def planned_parts(model, optim: str, tokens: int, supervised: int, checkpointing: bool, dropout: bool) -> list[tuple[str, float]]:
+def planned_parts(model, optim: str, tokens: int, checkpointing: bool, dropout: bool) -> list[tuple[str, float]]:
     """(part, GiB) of a run whose packed rows have `tokens` positions (training/memory.py has the arithmetic)."""
     net = model.net
     text, vision = net.config.get_text_config(), getattr(net.config, "vision_config", None)
@@ -56,7 +57,7 @@ def planned_parts(model, optim: str, tokens: int, supervised: int, checkpointing
         stack_from_config(text, tokens),
         stack_from_config(vision, patches, trains_vision) if vision is not None else None,
         vocabulary=vocabulary,
-        head_positions=min(supervised, 1 + 2**27 // (4 * vocabulary)),
+        head_positions=min(tokens, CHUNK_BYTES // (4 * vocabulary)),
         state_bytes=STATE_BYTES.get(optim, 8.0),
         gradient_bytes=max((p.element_size() for _, p in trained), default=4),
         checkpointing=checkpointing,
@@ -95,6 +96,16 @@ def rehearse(
     optimizer.state = defaultdict(dict)
     checkpoint.restore_random(random)
     return seconds / positions
+
+
+def fill(examples: list, micro_tokens: int) -> list:
+    """As many of the examples, the first one at least, as fill one packed row."""
+    picked, room = [], micro_tokens
+    for example in examples:
+        if len(example) <= room or not picked:
+            picked.append(example)
+            room -= len(example)
+    return picked
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:

@@ -22,8 +22,8 @@ def means(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 @dataclass
 class Task:
-    """The metrics of one benchmark, how its rows become figures (a line is one row of outputs/*.jsonl, answer and scores
-    in it), and how many tokens an answer may take."""
+    """The metrics of one benchmark, how its rows become figures (a line is one row of outputs/*.jsonl, answer and
+    scores in it), and how many tokens an answer may take."""
 
     metrics: list[Callable[[Reply], dict[str, float]]]
     summarize: Callable[[list[dict[str, Any]]], dict[str, float]] = means
@@ -41,7 +41,7 @@ def find_task(name: str) -> Task:
         return importlib.import_module(f"eval.tasks.{name}").TASK
     module, _, function = name.partition(":")
     if not function:
-        raise UserError(f"--task {name}: no such task; there are {', '.join(task_names())}, or module:function of your own")
+        raise UserError(f"--task {name}: not one of {', '.join(task_names())}, nor module:function of yours")
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:

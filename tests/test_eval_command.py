@@ -1,0 +1,348 @@
+"""evaluate(), `python -m eval` and `python -m eval ask`, on a tiny random model with pictures and one without."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from data.records import open_records
+from eval import __main__ as door
+from eval.evaluate import answer_start, evaluate, label_of, prompt_of
+from eval.subject import open_subject
+from eval.tasks import Task, find_task
+from lora.adapter import Settings, attach
+from lora.files import save_adapter
+from model import load_model
+from model.tiny import write_tiny
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "click", "parameters": {"properties": {"mark_id": {"type": "integer"}}}},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model of each kind, rows with pictures, and rows with a tool call."""
+    top = tmp_path_factory.mktemp("eval")
+    write_tiny("qwen2_5_vl", top / "vision")
+    write_tiny("qwen2", top / "text")
+    rows = []
+    for number in range(5):
+        Image.effect_noise((60 + 20 * number, 90), 50).convert("RGB").save(top / f"{number}.png")
+        content = [{"type": "image", "image": f"{number}.png"}, {"type": "text", "text": f'where is "{number}"?'}]
+        label = f"<box>{number} 2 30 40</box>"
+        rows.append(
+            {
+                "id": f"row-{number}",
+                "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": label}],
+            }
+        )
+    write_rows(top / "rows.jsonl", rows)
+    return top
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def text_rows(path, *pairs):
+    return write_rows(path, [{"id": f"t{n}", "prompt": q, "completion": a} for n, (q, a) in enumerate(pairs)])
+
+
+def run(*arguments, monkeypatch, stdin=""):
+    """The command in this process: its exit code."""
+    monkeypatch.setattr(sys, "argv", ["eval", *map(str, arguments)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    with pytest.raises(SystemExit) as left:
+        door.command(door.main)
+    return left.value.code
+
+
+# ---- evaluate() ------------------------------------------------------------------------------------------------------
+
+
+def test_loss_is_the_mean_over_all_supervised_tokens(place):
+    model, family = load_model(place / "vision", dtype="float32")
+    records = open_records(place / "rows.jsonl")
+    examples = [family.encode(r.messages, r.tools) for r in records]
+    losses = [
+        torch.nn.functional.cross_entropy(model.logits([e])[0][:-1], e.labels[1:], reduction="none") for e in examples
+    ]
+    supervised = torch.cat(losses)[torch.cat([e.labels[1:] != -100 for e in examples])]
+    expected, total = supervised.mean().item(), len(supervised)
+    for batch_tokens in (1, 100, 10**6):
+        found = evaluate(model, records, batch_tokens=batch_tokens)
+        assert found.figures["loss"] == pytest.approx(expected, abs=1e-5)
+        assert found.figures["num_tokens"] == total
+        assert found.lines == []
+
+
+def test_prompts_and_labels_are_what_training_sees(place):
+    _, family = load_model(place / "vision", dtype="float32")
+    text = {"role": "user", "content": "and then?"}
+    calls = [{"type": "function", "function": {"name": "click", "arguments": {"mark_id": 3}}}]
+    record = open_records(place / "rows.jsonl")[0]
+    for messages, label in (
+        (record.messages, "<box>0 2 30 40</box>"),
+        ([*record.messages, text, {"role": "assistant", "content": "nothing"}], "nothing"),
+        ([*record.messages, {"role": "assistant", "content": " twice\n"}], " twice\n"),
+    ):
+        example = family.encode(messages)
+        prompt, expected = prompt_of(family, example), family.encode_prompt(messages)
+        assert torch.equal(prompt.input_ids, expected.input_ids)
+        assert torch.equal(prompt.positions, expected.positions)
+        assert all(torch.equal(prompt.pixels[name], expected.pixels[name]) for name in expected.pixels)
+        assert answer_start(example) == len(expected)
+        assert label_of(family, example) == label
+    family.options.tool_template = "qwen"
+    example = family.encode([text, {"role": "assistant", "content": "so", "tool_calls": calls}], [TOOL])
+    assert label_of(family, example) == 'so\n<tool_call>\n{"name": "click", "arguments": {"mark_id": 3}}\n</tool_call>'
+
+
+def test_a_row_with_a_problem_is_listed_and_takes_no_other_rows_score(place, tmp_path):
+    model, family = load_model(place / "text", dtype="float32")
+    rows = text_rows(
+        tmp_path / "rows.jsonl", ("a", "<box>1 2 3 4</box>"), ("b", "no box here"), ("c " * 200, "x"), ("d", "boom")
+    )
+
+    def fails_on_boom(reply):
+        return {"number": 1 / (reply.label != "boom")}
+
+    box = evaluate(model, open_records(rows), find_task("box"), max_new_tokens=2, max_length=100)
+    problems = {line["id"]: line["problem"] for line in box.lines if "problem" in line}
+    assert set(problems) == {"t1", "t2", "t3"}
+    assert "no box" in problems["t1"] and "--max_length 100" in problems["t2"]
+    assert box.figures["num_rows"] == 4 and box.figures["num_problems"] == 3 and box.figures["centre_in_box"] == 0.0
+    ours = evaluate(model, open_records(rows), Task([fails_on_boom]), max_new_tokens=2)
+    assert [line.get("number") for line in sorted(ours.lines, key=lambda line: line["id"])] == [1.0, 1.0, 1.0, None]
+    assert ours.figures["number"] == 1.0 and "ZeroDivisionError" in ours.lines[3]["problem"]
+
+
+def test_lines_are_written_with_what_the_caller_adds_and_the_model_is_put_back(place):
+    model, family = load_model(place / "vision", dtype="float32")
+    model.train()
+    output = io.StringIO()
+    found = evaluate(
+        model,
+        open_records(place / "rows.jsonl"),
+        find_task("box"),
+        max_new_tokens=3,
+        output=output,
+        extra={"when": "before"},
+    )
+    assert all(module.training for module in model.modules())
+    lines = [json.loads(line) for line in output.getvalue().splitlines()]
+    assert lines == found.lines and [line["id"] for line in lines] == [f"row-{n}" for n in range(5)]
+    first = lines[0]
+    assert first["when"] == "before" and first["where"] == "rows.jsonl:1" and first["image"] == str(place / "0.png")
+    assert first["label"] == "<box>0 2 30 40</box>" and 'where is "0"?' in first["prompt"]
+    assert "picture positions" in first["prompt"] and first["prompt"].endswith("<|im_start|>assistant\n")
+    assert found.figures["stop_rate"] == sum(line["stopped"] for line in lines) / 5
+
+
+# ---- python -m eval --------------------------------------------------------------------------------------------------
+
+
+def test_eval_writes_lines_and_summary_and_ask_gives_the_same_answer(place, tmp_path, monkeypatch, capsys):
+    flags = ["--model", place / "vision", "--max_new_tokens", 8, "--precision", "fp32"]
+    code = run(
+        *flags, "--data_path", place / "rows.jsonl", "--task", "box", "--output_dir", tmp_path, monkeypatch=monkeypatch
+    )
+    assert code == 0
+    assert "centre_in_box" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "outputs" / "box.jsonl").read_text().splitlines()]
+    summary = json.loads((tmp_path / "outputs" / "box.json").read_text())
+    assert summary["num_rows"] == len(lines) == 5 and summary["num_problems"] == 0 and summary["loss"] > 0
+    for line in lines[::2]:
+        question = f'where is "{line["id"][-1]}"?'
+        code = run("ask", *flags, "--image", line["image"], question, monkeypatch=monkeypatch)
+        assert code == 0
+        assert capsys.readouterr().out.rstrip("\n") == line["response"].rstrip("\n")
+
+
+def test_bad_rows_stop_the_command_or_are_skipped_and_listed(place, tmp_path, monkeypatch, capsys):
+    rows = text_rows(tmp_path / "rows.jsonl", ("a", "b"), ("c", "d"))
+    rows.write_text(rows.read_text() + '{"id": "odd", "messages": 3}\n')
+    flags = ["--model", place / "text", "--data_path", rows, "--output_dir", tmp_path, "--max_new_tokens", 2]
+    assert run(*flags, monkeypatch=monkeypatch) == 2
+    assert "rows.jsonl:3" in capsys.readouterr().err
+    assert run(*flags, "--limit", 1, "--on_bad_row", "skip", monkeypatch=monkeypatch) == 0
+    shown = capsys.readouterr()
+    assert "skipped 1 of 3 rows" in shown.out and "rows.jsonl:3 (odd)" in shown.err
+    assert run(*flags, "--task", "box", "--on_bad_row", "skip", monkeypatch=monkeypatch) == 2
+    assert "no row could be scored" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "outputs" / "auto.json").read_text())
+    assert summary["num_rows"] == 2 and summary["num_problems"] == 1
+    assert [json.loads(line)["id"] for line in (tmp_path / "outputs" / "auto.jsonl").read_text().splitlines()] == [
+        "odd",
+        "t0",
+    ]
+
+
+def test_a_metric_of_ones_own_is_one_function(place, tmp_path, monkeypatch):
+    (tmp_path / "my_metric.py").write_text("def length(reply):\n    return {'length': len(reply.response)}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = text_rows(tmp_path / "rows.jsonl", ("a", "b"))
+    flags = ["--model", place / "text", "--data_path", rows, "--output_dir", tmp_path, "--max_new_tokens", 2]
+    assert run(*flags, "--task", "my_metric:length", monkeypatch=monkeypatch) == 0
+    line = json.loads((tmp_path / "outputs" / "length.jsonl").read_text())
+    assert line["length"] == len(line["response"])
+
+
+# ---- what --model may be ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished_run(place):
+    """An output folder with an adapter that changes the answers, and the run.yaml of its training."""
+    model, family = load_model(place / "vision", dtype="float32")
+    settings = Settings(r=2)
+    attach(model, family, settings)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    run_folder = place / "run"
+    save_adapter(model, family, run_folder / "adapter", settings, place / "vision")
+    (run_folder / "run.yaml").write_text(
+        f"base_model: {place / 'vision'}\nmax_pixels: 4000\nprecision: fp32\nuse_4bit: true\n"
+    )
+    return run_folder, model
+
+
+def test_run_adapter_and_base_with_adapter_are_the_same_model(place, finished_run):
+    folder, model = finished_run
+    messages = open_records(place / "rows.jsonl")[4].messages
+    expected = model.logits([model.family.encode(messages)])[0]
+    for arguments in (
+        (folder,),
+        (folder / "adapter",),
+        (place / "vision", folder),
+        (place / "vision", folder / "adapter"),
+    ):
+        subject = open_subject(*map(str, arguments), quant="none", max_pixels=10**6)
+        torch.testing.assert_close(subject.model.logits([subject.family.encode(messages)])[0], expected)
+        assert subject.run == folder and not subject.model.training
+    plain = open_subject(str(place / "vision"), precision_name="fp32")
+    assert plain.run is None
+    assert (plain.model.logits([plain.family.encode(messages)])[0] - expected).abs().max() > 1e-3
+
+
+def test_a_run_is_asked_as_it_was_trained(place, finished_run):
+    folder, _ = finished_run
+    subject = open_subject(str(folder))
+    assert subject.precision.name == "fp32" and subject.family.options.max_pixels == 4000
+    assert any(type(module).__name__ == "Linear4bit" for module in subject.model.modules())
+    with_model = place / "full_run"
+    write_tiny("qwen2", with_model / "model")
+    (with_model / "run.yaml").write_text("precision: fp32\n")
+    assert open_subject(str(with_model)).family.folder == with_model / "model"
+
+
+def test_answers_of_a_run_lie_in_its_folder_and_leave_the_runs_own_files_alone(place, finished_run, monkeypatch):
+    folder, _ = finished_run
+    flags = ["--model", folder, "--data_path", place / "rows.jsonl", "--limit", 1, "--max_new_tokens", 2]
+    assert run(*flags, "--task", "demo", monkeypatch=monkeypatch) == 0
+    assert (folder / "eval" / "outputs" / "demo.jsonl").exists() and not (folder / "outputs").exists()
+
+
+# ---- ask -------------------------------------------------------------------------------------------------------------
+
+
+def answers(monkeypatch, *texts):
+    """Let the model say these texts, one after the other; returns the list that gets each prompt as text."""
+    from eval import ask
+    from eval.generate import Answer
+
+    said, prompts = iter(texts), []
+
+    def generate(model, examples, max_new_tokens):
+        prompts.append(model.family.tokenizer.decode(examples[0].input_ids))
+        return [Answer([1], next(said), True, [0.0])]
+
+    monkeypatch.setattr(ask, "generate", generate)
+    return prompts
+
+
+def test_ask_prints_and_draws_the_box_on_the_picture_as_it_is(place, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (100, 70), "white").save(tmp_path / "screen.png")  # resized before the model sees it
+    seen = open_subject(str(place / "vision")).family.picture(tmp_path / "screen.png")[0]["image_grid_thw"][0] * 14
+    height, width = seen[1:].tolist()
+    answers(monkeypatch, f"at <box>{width // 2} 0 {width} {height // 2}</box>", "<box>500 0 1000 500</box>")
+    for scale in ("pixels", "thousandths"):
+        out = tmp_path / f"{scale}.png"
+        flags = ["--model", place / "vision", "--image", tmp_path / "screen.png", "--draw", out, "--box_scale", scale]
+        assert run("ask", *flags, "where?", monkeypatch=monkeypatch) == 0
+        drawn = Image.open(out)
+        assert drawn.size == (100, 70)
+        red = [(x, y) for x in range(100) for y in range(70) if drawn.getpixel((x, y)) == (255, 0, 0)]
+        assert abs(min(x for x, _ in red) - 50) <= 1 and abs(max(y for _, y in red) - 35) <= 1
+    assert f"box: {width // 2} 0 {width} {height // 2}" in capsys.readouterr().out
+
+
+def test_ask_puts_the_picture_where_the_mark_stands_and_keeps_the_dialogue(place, monkeypatch, capsys):
+    prompts = answers(monkeypatch, "hi", '<tool_call>{"name": "click", "arguments": {"mark_id": 3}}</tool_call>')
+    flags = ["--model", place / "vision", "--image", place / "0.png", "--system", "Be kind."]
+    assert run("ask", *flags, monkeypatch=monkeypatch, stdin="look: <image> what?\n\nand now?\n") == 0
+    picture = "<|vision_start|>" + "<|image_pad|>" * prompts[0].count("<|image_pad|>") + "<|vision_end|>"
+    opening = "<|im_end|>\n<|im_start|>assistant\n"
+    first = f"<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nlook: {picture} what?{opening}"
+    assert prompts == [first, f"{first}hi<|im_end|>\n<|im_start|>user\nand now?{opening}"]
+    assert 'call: {"name": "click", "arguments": {"mark_id": 3}}' in capsys.readouterr().out
+
+
+# ---- errors and --help -----------------------------------------------------------------------------------------------
+
+
+def test_wrong_input_is_one_sentence_and_exit_code_2(place, finished_run, tmp_path, monkeypatch, capsys):
+    rows, model = place / "rows.jsonl", ["--model", place / "text"]
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "run.yaml").write_text("{}")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "/no/such/base"}')
+    wrong = {
+        "no such folder": ["--model", "/no/such", "--data_path", rows],
+        "not finished": ["--model", unfinished, "--data_path", rows],
+        "/no/such/base": ["--model", tmp_path / "adapter", "--data_path", rows],
+        "not one of auto": [*model, "--data_path", rows, "--task", "boxes"],
+        "no.jsonl": [*model, "--data_path", place / "no.jsonl"],
+        "another base": [*model, "--adapter", finished_run[0], "--data_path", rows],
+        "--draw": ["ask", *model, "--draw", "x.png", "hello"],
+        "no.png": ["ask", *model, "--image", place / "no.png", "hello"],
+        "--tools": ["ask", *model, "--tools", rows, "hello"],
+        "takes no pictures": ["ask", *model, "--image", place / "0.png", "hello"],
+        "fp16": ["ask", *model, "--precision", "fp16", "--device", "cpu", "hello"],
+    }
+    for sentence, arguments in wrong.items():
+        assert run(*arguments, monkeypatch=monkeypatch) == 2, sentence
+        shown = capsys.readouterr().err
+        assert sentence in shown and shown.startswith("error: ") and shown.count("\n") == 1, shown
+    for arguments in (
+        ["--model"],
+        ["ask", *model, "--max_new_tokens", 0, "x"],
+        [*model, "--data_path", rows, "--tasks", "box"],
+    ):
+        assert run(*arguments, monkeypatch=monkeypatch) == 2
+
+
+def test_the_command_runs_on_its_own(place, tmp_path):
+    command = [sys.executable, "-m", "eval", "ask", "--model", place / "text", "--max_new_tokens", "3", "hello"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["ask", "--help"]])
+def test_help_loads_nothing_heavy(arguments):
+    script = (
+        f"import sys; sys.argv = ['eval', *{arguments}]\nfrom eval.__main__ import main\ntry: main()\n"
+        "except SystemExit: print(sorted({'torch', 'transformers', 'PIL'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("[]\n") and "--model" in done.stdout
