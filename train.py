@@ -53,7 +53,8 @@ class Run:
         from model import load_model
         from model.checkpointing import checkpoint_blocks
         from model.family import Options
-        from training import checkpoint, memory, optim, precision
+        from training import checkpoint, memory, optim, precision, rehearsal
+        from training.state import State
 
         # the machine, and where the run stands
         self.config, self.folder = config, Path(config.output_dir)
@@ -84,7 +85,7 @@ class Run:
 
         # the rows, and the steps they make
         max_length = None if config.max_length == "auto" else config.max_length
-        self.stage = stage_class(config.stage_options, self.family, max_length)
+        self.stage = stage_class(config.stage_options, self.model, max_length)
         self.rows = open_rows(config, self.family, self.folder)
         dataset = Encoded(self.rows.train, self.stage.encode, self.rows.train_rows)
         self.batches = Batches(dataset, config.batch_size * config.grad_accum, config.seed, config.num_workers)
@@ -95,9 +96,10 @@ class Run:
         self.rate = config.learning_rate or self.family.learning_rate(full=not config.use_lora)
         groups = optim.parameter_groups(self.model, config.weight_decay)
         self.optimizer = optim.build_optimizer(config.optim, groups, self.rate, betas=(0.9, config.adam_beta2))
-        self.state = checkpoint.State(scaler=self.precision.scaler())
+        self.state = State(scaler=self.precision.scaler())
         self.identity = trajectory(config) | {"data_sha256": self.rows.sha256}
-        self.micro_tokens = self.choose_micro_tokens()
+        self.plan = rehearsal.Plan(self.model, config)
+        self.micro_tokens = self.plan.micro_tokens(self.rows.lengths.longest)
         self.model.train()
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -186,17 +188,18 @@ class Run:
     def forward_backward(self, examples: list, total: float) -> tuple[float, dict[str, float]]:
         """Gradients of the step's loss, and its value. Out of memory anywhere drops all gradients, restores the random
         state and redoes the whole step in rows of half the size: the cut into rows cannot change the gradient."""
-        from training import checkpoint, guards
+        from training.guards import is_out_of_memory
+        from training.state import capture_random, restore_random
 
-        random = checkpoint.capture_random()
+        random = capture_random()
         while True:
             try:
                 return self.accumulate(examples, total)
             except (RuntimeError, MemoryError) as error:
-                if not guards.is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             self.optimizer.zero_grad(set_to_none=True)
-            checkpoint.restore_random(random)
+            restore_random(random)
             longest, shortest = max(map(len, examples)), min(map(len, examples))
             if self.micro_tokens <= shortest:
                 raise UserError(
@@ -227,30 +230,11 @@ class Run:
 
     # ---- before the first step ------------------------------------------------------------------------------------------
 
-    def plan(self, tokens: int) -> list[tuple[str, float]]:
-        """(part, GiB) of this run with packed rows of so many positions."""
-        from training.rehearsal import planned_parts
-
-        config = self.config
-        dropout = config.use_lora and config.lora_dropout > 0
-        return planned_parts(self.model, config.optim, tokens, config.gradient_checkpointing, dropout)
-
-    def choose_micro_tokens(self) -> int:
-        """The longest packed row: as asked for, or what fits the free memory."""
-        from training import memory
-        from training.rehearsal import MICRO_TOKENS
-
-        if self.config.micro_tokens != "auto":
-            return self.config.micro_tokens
-        needed = lambda tokens: sum(gib for _, gib in self.plan(tokens))  # noqa: E731
-        free, most = memory.free_gib(self.device), MICRO_TOKENS[self.device.type]
-        return memory.choose_micro_tokens(needed, free, self.rows.lengths.longest, most)
-
     def rehearse(self):
         """Run the worst of the run once and undo it; print the forecast and a row as the model sees it."""
         from data.batches import Encoded
         from data.labels import explain
-        from training.rehearsal import fill, forecast, rehearse
+        from training.rehearsal import fill, rehearse
 
         rows = self.rows
         candidates = Encoded(rows.train, self.stage.encode, rows.lengths.longest_rows[: self.batches.step_rows])
@@ -263,7 +247,7 @@ class Run:
 
         per_position = rehearse(self.folder, self.model, self.optimizer, backward, self.snapshot)
         positions = rows.mean_length * self.batches.step_rows
-        expected = forecast(self.model, self.plan(self.micro_tokens), per_position, positions, self.last)
+        expected = self.plan.forecast(self.micro_tokens, per_position, positions, self.last)
         print(f"forecast, with packed rows of {self.micro_tokens} positions:\n{expected.text()}")
         print(f"a row as the model sees it, supervised tokens marked:\n{explain(longest[-1], self.family.tokenizer)[:4000]}")
         return expected
@@ -288,10 +272,11 @@ class Run:
 
     def snapshot(self) -> tuple[dict, dict]:
         """Everything a resume needs, as files of tensors and files of plain data."""
-        from training import checkpoint, optim
+        from training import optim
+        from training.state import capture_random
 
         moments, numbers = optim.optimizer_tensors(self.optimizer)
-        tensors = {"trained": self.trained, "optimizer": moments, "random": checkpoint.capture_random()}
+        tensors = {"trained": self.trained, "optimizer": moments, "random": capture_random()}
         jsons = {"state": self.state.to_json(), "optimizer": numbers, "identity": self.identity}
         return {f"{k}.safetensors": v for k, v in tensors.items()}, {f"{k}.json": v for k, v in jsons.items()}
 
@@ -312,21 +297,20 @@ class Run:
         import torch
 
         from training import checkpoint, optim
+        from training.state import State, restore_random
 
         tensors, jsons = checkpoint.load(found)
         saved, weights = jsons["identity.json"], tensors["trained.safetensors"]
         changed = [f"{key} was {saved.get(key)}, is {value}" for key, value in self.identity.items() if saved.get(key) != value]
+        changed += [f"{name} is trained in only one of the two" for name in sorted(set(weights) ^ set(self.trained))[:3]]
         if changed:
-            raise UserError(f"{found} is of a run with other settings: {'; '.join(changed)}; give those, or another --output_dir")
-        if set(weights) != set(self.trained):
-            odd = sorted(set(weights) ^ set(self.trained))
-            raise UserError(f"{found} holds other trained tensors than this run: {', '.join(odd[:3])}")
+            raise UserError(f"{found} is of another run: {'; '.join(changed)}; give the same settings, or another --output_dir")
         with torch.no_grad():
             for name, p in self.trained.items():
                 p.copy_(weights[name])
         optim.load_optimizer_tensors(self.optimizer, tensors["optimizer.safetensors"], jsons["optimizer.json"])
-        checkpoint.restore_random(tensors["random.safetensors"])
-        self.state = checkpoint.State.from_json(jsons["state.json"])
+        restore_random(tensors["random.safetensors"])
+        self.state = State.from_json(jsons["state.json"])
         print(f"resumed from {found}, after step {self.state.step}")
 
     def export(self) -> None:

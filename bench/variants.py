@@ -87,7 +87,7 @@ def ours(task: Task, rows: list[Example], meter: Meter, checkpointing: bool = Fa
     seed_adapters(model)
     if checkpointing:
         checkpoint_blocks([block for name in family.blocks for block in model.net.get_submodule(name)])
-    stage = Stage(Flags(), family)
+    stage = Stage(Flags(), model)
     optimizer = optim.build_optimizer("adamw", optim.parameter_groups(model, 0.0), LEARNING_RATE)
     trained = [p for p in model.parameters() if p.requires_grad]
     model.train()

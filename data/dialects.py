@@ -1,14 +1,16 @@
 """The keys of a row -> the turns of a conversation, in one form for every dialect, or one sentence why not.
 
-A dialect is one small function in the table DIALECTS. A dialect of your own is a file of yours with such a function
-under `@dialect(...)`, imported before open_records is called.
+A dialect is one small function in the table DIALECTS. A dialect of your own is a file data/dialect_<name>.py with such a
+function under `@dialect(...)`; it is found by listing, and asked before those of this file.
 """
 
+import importlib
 import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 MAX_ROW_BYTES = 64 * 2**20
 MARK = "<image>"
@@ -317,3 +319,7 @@ def read_row(row: dict, notes: Counter) -> tuple[list[dict], str]:
         notes[f"{MARK} kept as plain text in a row without pictures"] += 1
     _finish_turns(turns)
     return turns, name
+
+
+for path in sorted(Path(__file__).parent.glob("dialect_*.py")):  # last, because each of them imports this file
+    importlib.import_module(f"data.{path.stem}")

@@ -38,12 +38,11 @@ def segment_attention(
     plain = window is None and prefix is None and dropout == 0.0
     if plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_kernel() is not None:
         return varlen(query, key, value, lengths, causal, scale)
-    rows, start = [], 0
-    for length, run in groupby(lengths):
-        count = len(list(run))
-        piece = slice(start, start + count * length)
-        start = piece.stop
-        q, k, v = (x[:, piece].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))  # (n, H, L, K)
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+    pieces = (x.split([length * count for length, count in runs], dim=1) for x in (query, key, value))
+    rows = []  # split, not slices: each slice's backward would fill a gradient of the whole row with zeros
+    for (length, count), *piece in zip(runs, *pieces, strict=True):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in piece)  # (n, H, L, K)
         if prefix is not None:
             k, v = (torch.cat([p.to(x).expand(count, -1, -1, -1), x], 2) for p, x in zip(prefix, (k, v), strict=True))
         mask = causal_mask(length, k.shape[2], window, q.device) if causal and needs_mask(length, window, prefix) else None

@@ -45,7 +45,7 @@ class Family:
     quantized_parts: tuple[str, ...] = ("language",)  # parts whose linear layers --use_8bit and --use_4bit quantise
     lora_targets: tuple[str, ...] = ()  # to define: default target module names
     lora_parts: tuple[str, ...] = ("language",)  # parts that LoRA reaches by default
-    tiny_tokens: tuple[str, ...] = ()  # to define: special tokens of the tiny tokenizer that `python -m model tiny` makes
+    tiny_tokens: tuple[str, ...] = ()  # to define: special tokens of the tokenizer that `python -m model tiny` makes
     tiny_template = ""  # to define: its chat template
     reference_learning_rate = 2e-4  # LoRA's usual rate at hidden size 2048; see learning_rate()
 

@@ -38,7 +38,7 @@ def build_on_meta(family: Family) -> nn.Module:
             net = family.build()
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{family.folder}/config.json: transformers cannot build this model from it ({reason})") from None
+        raise UserError(f"{family.folder}/config.json: transformers builds no model from it ({reason})") from None
     for parent in list(net.modules()):
         for name, child in list(parent.named_children()):
             if any(buffer.is_meta for buffer in child.buffers(recurse=False)):
@@ -94,9 +94,10 @@ def check_tensors(net: nn.Module, family: Family, shards: Shards) -> dict[str, t
     if is_tied(net):
         headers.pop("lm_head.weight", None)  # some writers store the tied head as well
     refuse_differences(shards.folder, wanted, {name: shape for name, (shape, _) in headers.items()})
-    coded = [f"{name} ({dtype})" for name, (_, dtype) in headers.items() if dtype not in ("F64", "F32", "F16", "BF16")]
+    plain = ("F64", "F32", "F16", "BF16")
+    coded = [f"{name} ({dtype})" for name, (_, dtype) in headers.items() if dtype not in plain]
     if coded:
-        raise UserError(f"{shards.folder}: tensor {coded[0]} holds no 16- or 32-bit weights; take the unquantised model")
+        raise UserError(f"{shards.folder}: tensor {coded[0]} is in no 16 or 32 bits; take the unquantised model")
     return wanted
 
 

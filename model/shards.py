@@ -20,8 +20,11 @@ from data.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # weights, by safetensors' names
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}
 
 
 class Shards:
@@ -157,6 +160,11 @@ def make_header(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | Non
     return len(text).to_bytes(8, "little") + text
 
 
+def aligned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors in the order of a file, wide elements first: so each starts at a multiple of its element's size."""
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+
+
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's values as they lie in a file."""
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -164,7 +172,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 def write_file(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """One safetensors file, whole or not at all; a tensor on a card crosses alone, so one tensor is in memory twice."""
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # keeps every tensor aligned
+    tensors = aligned(tensors)
     with whole_file(path) as file:
         file.write(make_header(tensors, metadata))
         for tensor in tensors.values():

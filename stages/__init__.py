@@ -1,9 +1,10 @@
 """Training objectives, one file each, found by listing this folder.
 
-A stage file defines `Flags`, a dataclass of its own settings (they appear in --help and are refused with other stages),
-and `Stage`:
+A stage file defines `Flags`, a dataclass of its own settings (fields made by training.options.option; they appear in
+--help and are refused with other stages; no `from __future__ import annotations` beside them, which would turn their types
+into text), and `Stage`:
 
-    Stage(flags, family)            made once, before the data is read
+    Stage(flags, model, max_length) made once, before the data is read; the model's family, device and types are there
     encode(record) -> example       what one row becomes; runs in worker processes
     denominator(examples) -> float  what the loss of a whole optimizer step is divided by, counted before its first forward
     pack(examples, micro_tokens)    the step cut into packed rows

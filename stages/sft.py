@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from data.batches import Packed
     from data.labels import Example
     from data.records import Record
-    from model.family import Family, Model
+    from model.family import Model
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Flags:
 class Stage:
     """See stages/__init__.py for what each method is asked for."""
 
-    def __init__(self, flags: Flags, family: Family, max_length: int | None = None):
-        self.family = family
+    def __init__(self, flags: Flags, model: Model, max_length: int | None = None):
+        self.family = model.family
         self.max_length = max_length
 
     def encode(self, record: Record) -> Example:

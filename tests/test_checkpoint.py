@@ -10,18 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from data.errors import UserError
 from training import checkpoint
-from training.checkpoint import (
-    State,
-    capture_random,
-    commit,
-    find_problem,
-    find_resume,
-    load,
-    newest_whole,
-    restore_random,
-)
+from training.checkpoint import commit, find_problem, find_resume, load, newest_whole
 from training.guards import judge
 from training.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, parameter_groups, schedule
+from training.state import State, capture_random, restore_random
 
 
 def save(folder, step, keep=2):

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from training import checkpoint
+from training.state import State
 from training.guards import Stop
 
 NAMES = ("fsync", "rename", "mkdir", "unlink", "rmdir")
@@ -124,7 +125,7 @@ def contents(step: int) -> tuple[dict, dict]:
     generator = torch.Generator().manual_seed(step)
     weights = {"a": torch.randn(7, 5, generator=generator).bfloat16(), "b": torch.randn(11, generator=generator)}
     tensors = {"weights.safetensors": weights, "random.safetensors": {"x": weights["b"] * 2}}
-    return tensors, {"state.json": checkpoint.State(step=step).to_json()}
+    return tensors, {"state.json": State(step=step).to_json()}
 
 
 def save(folder: Path, step: int, keep: int = 2) -> str | None:

@@ -113,7 +113,7 @@ def gradients(model, family, examples) -> dict[str, torch.Tensor]:
     model.train()
     model.zero_grad()
     packed = pack_row(examples)
-    Stage(Flags(), family).loss(model, packed, 10.0)[0].backward()
+    Stage(Flags(), model).loss(model, packed, 10.0)[0].backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 

@@ -61,7 +61,7 @@ def load(folder):
 
 
 def loss_of(model, packed, total):
-    return Stage(Flags(), model.family).loss(model, packed, total)
+    return Stage(Flags(), model).loss(model, packed, total)
 
 
 def mean_loss(model, examples):

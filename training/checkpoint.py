@@ -1,4 +1,4 @@
-"""Checkpoints that a kill, a power cut or a full disk cannot tear: the commit protocol and the one state object.
+"""Checkpoints that a kill, a power cut or a full disk cannot tear: the commit protocol.
 
 A checkpoint is written into a hidden folder, every file flushed to disk, a manifest of sizes and sha256 last; one
 rename makes it visible, and only then are old ones removed. Reading takes the newest folder whose manifest verifies. So
@@ -9,81 +9,21 @@ unpickling runs code. Costs one tensor of memory, 0.6-1.2 s of sha256 a GiB, and
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
-import struct
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from data.errors import UserError
-from training.guards import Statistics
-from training.precision import LossScaler
+from model.shards import aligned, make_header, tensor_bytes
 
 MANIFEST = "manifest.json"
 STEP = re.compile(r"(?:\.replaced-)?step-(\d+)")  # a replaced checkpoint counts until its successor stands
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-
 Tensors = dict[str, torch.Tensor]
-
-
-@dataclass
-class State:
-    """All that a resume needs beside weights and optimizer; advanced once a step, saved whole."""
-
-    step: int = 0  # optimizer steps done, skipped ones included; also the place in the data (data/batches.py)
-    num_examples: int = 0
-    num_supervised_tokens: int = 0
-    scaler: LossScaler = field(default_factory=LossScaler)
-    statistics: Statistics = field(default_factory=Statistics)
-
-    def advance(self, num_examples: int, num_supervised_tokens: int) -> None:
-        """Count one step, whether or not its update was skipped."""
-        self.step += 1
-        self.num_examples += num_examples
-        self.num_supervised_tokens += num_supervised_tokens
-
-    def to_json(self) -> dict:
-        """The state as plain data; the number of threads goes along, because sums depend on it."""
-        return asdict(self) | {"num_threads": torch.get_num_threads()}
-
-    @classmethod
-    def from_json(cls, saved: dict) -> "State":
-        """The state that to_json gave; prints a note where this process cannot repeat the saved run bit for bit."""
-        saved = dict(saved)
-        before, now = saved.pop("num_threads"), torch.get_num_threads()
-        if before != now:
-            print(f"note: saved by a run of {before} threads, resumed with {now}: last digits will differ")
-        saved["scaler"] = LossScaler(**saved["scaler"])
-        saved["statistics"] = Statistics(**saved["statistics"])
-        return cls(**saved)
-
-
-def capture_random() -> Tensors:
-    """The state of every random generator a run draws from, as tensors: Python's, torch's, and the card's in use."""
-    version, words, gauss = random.getstate()
-    state = {"python": torch.tensor([version, *words]), "torch": torch.get_rng_state()}
-    state["python_gauss"] = torch.tensor([] if gauss is None else [gauss], dtype=torch.float64)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_random(state: Tensors) -> None:
-    """Put back what capture_random gave, where this process has such a generator."""
-    version, *words = state["python"].tolist()
-    random.setstate((version, tuple(words), next(iter(state["python_gauss"].tolist()), None)))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def commit(
@@ -203,22 +143,12 @@ def _prune(checkpoints: Path, step: int, keep: int) -> None:
             print(f"warning: the old checkpoint {path} could not be removed ({error.strerror})", file=sys.stderr)
 
 
-def _safetensors(tensors: Tensors) -> Iterable[bytes]:
-    """The bytes of a safetensors file, tensor by tensor (format: length of the header, header, data; aligned by size).
-
-    The library's save_file would hold every tensor of the card in memory at once, and never flushes to disk.
-    """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header, end = {}, 0
-    for name in order:
-        tensor, start = tensors[name], end
-        end += tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
-    for name in order:
-        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+def _safetensors(tensors: Tensors) -> Iterable[bytes | memoryview]:
+    """The bytes of a safetensors file, tensor by tensor: the library's save_file would hold all of a card's at once."""
+    tensors = aligned(tensors)
+    yield make_header(tensors)
+    for tensor in tensors.values():
+        yield tensor_bytes(tensor)
 
 
 def _json(content: object) -> bytes:

@@ -5,13 +5,13 @@ back, and everything is put back as it was: weights, random state, folder. What 
 against free memory, seconds per update, hours for the run. Costs about one update and one save.
 """
 
-import math
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +19,17 @@ from data.errors import UserError
 from model.head import CHUNK_BYTES
 from training import checkpoint
 from training.guards import is_out_of_memory
-from training.memory import STATE_BYTES, advise, free_gib, peak_gib, plan, stack_from_config, weights_by_part
+from training.memory import (
+    STATE_BYTES,
+    advise,
+    choose_micro_tokens,
+    free_gib,
+    peak_gib,
+    plan,
+    stack_from_config,
+    weights_by_part,
+)
+from training.state import capture_random, restore_random
 
 MICRO_TOKENS = {"cpu": 4096, "cuda": 16384}  # the longest packed row: more gains nothing
 
@@ -43,27 +53,49 @@ class Forecast:
         return "\n".join(lines + ([f"  {self.advice}"] if self.advice else []))
 
 
-def planned_parts(model, optim: str, tokens: int, checkpointing: bool, dropout: bool) -> list[tuple[str, float]]:
-    """(part, GiB) of a run whose packed rows have `tokens` positions (training/memory.py has the arithmetic)."""
-    net = model.net
-    text, vision = net.config.get_text_config(), getattr(net.config, "vision_config", None)
-    vocabulary = model.head_weight.shape[0]
-    trained = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-    trains_vision = any(model.family.part_of(name) != "language" for name, _ in trained)
-    patches = tokens * getattr(vision, "spatial_merge_size", 1) ** 2 if vision is not None else 0
-    return plan(
-        weights_by_part(net.named_parameters(), model.family.part_of, vocabulary),
-        sum(p.numel() for _, p in trained),
-        stack_from_config(text, tokens),
-        stack_from_config(vision, patches, trains_vision) if vision is not None else None,
-        vocabulary=vocabulary,
-        head_positions=min(tokens, CHUNK_BYTES // (4 * vocabulary)),
-        state_bytes=STATE_BYTES.get(optim, 8.0),
-        gradient_bytes=max((p.element_size() for _, p in trained), default=4),
-        checkpointing=checkpointing,
-        dropout=dropout,
-        cuda=model.device.type == "cuda",
-    )
+class Plan:
+    """The arithmetic of training/memory.py on one model and its settings, as a function of the packed row's length."""
+
+    def __init__(self, model: Any, config: Any):
+        """model is a model.family.Model with its adapter attached; config the run's settings."""
+        self.model, self.config = model, config
+        self.vocabulary = model.head_weight.shape[0]
+        self.weights = weights_by_part(model.net.named_parameters(), model.family.part_of, self.vocabulary)
+        self.trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def parts(self, tokens: int) -> list[tuple[str, float]]:
+        """(part, GiB) of a run whose packed rows have `tokens` positions."""
+        net, config = self.model.net, self.config
+        vision = getattr(net.config, "vision_config", None)
+        trains_vision = any(self.model.family.part_of(name.removeprefix("net.")) != "language" for name, _ in self.trained)
+        patches = tokens * getattr(vision, "spatial_merge_size", 1) ** 2
+        return plan(
+            self.weights,
+            sum(p.numel() for _, p in self.trained),
+            stack_from_config(net.config.get_text_config(), tokens),
+            stack_from_config(vision, patches, trains_vision) if vision is not None else None,
+            vocabulary=self.vocabulary,
+            head_positions=min(tokens, CHUNK_BYTES // (4 * self.vocabulary)),
+            state_bytes=STATE_BYTES.get(config.optim, 8.0),
+            gradient_bytes=max((p.element_size() for _, p in self.trained), default=4),
+            checkpointing=config.gradient_checkpointing,
+            dropout=config.use_lora and config.lora_dropout > 0,
+            cuda=self.model.device.type == "cuda",
+        )
+
+    def micro_tokens(self, longest: int) -> int:
+        """The longest packed row: as asked for, or what fits the free memory. UserError if not even one row does."""
+        if self.config.micro_tokens != "auto":
+            return self.config.micro_tokens
+        needed = lambda tokens: sum(gib for _, gib in self.parts(tokens))  # noqa: E731
+        return choose_micro_tokens(needed, free_gib(self.model.device), longest, MICRO_TOKENS[self.model.device.type])
+
+    def forecast(self, tokens: int, seconds_per_position: float, positions_per_step: float, steps: int) -> Forecast:
+        """The plan beside what the rehearsal measured."""
+        parts, free = self.parts(tokens), free_gib(self.model.device)
+        seconds = seconds_per_position * positions_per_step
+        advice = advise(self.weights, sum(gib for _, gib in parts), free)
+        return Forecast(parts, free, seconds, seconds * steps / 3600, advice)
 
 
 def rehearse(
@@ -77,7 +109,7 @@ def rehearse(
 
     Returns seconds per position of forward and backward. Raises UserError where memory or disk will not do.
     """
-    random = checkpoint.capture_random()
+    random = capture_random()
     started = time.perf_counter()
     try:
         positions = backward()
@@ -94,7 +126,7 @@ def rehearse(
         optimizer.zero_grad(set_to_none=True)
     rehearse_save(folder, *snapshot())
     optimizer.state = defaultdict(dict)
-    checkpoint.restore_random(random)
+    restore_random(random)
     return seconds / positions
 
 
@@ -137,14 +169,3 @@ def rehearse_save(folder: Path, tensors: dict, jsons: dict) -> None:
                     raise UserError(f"{folder}: tensor {name} of a saved checkpoint reads back changed; use another disk")
     finally:
         shutil.rmtree(place, ignore_errors=True)
-
-
-def forecast(
-    model, parts: list[tuple[str, float]], seconds_per_position: float, positions_per_step: float, steps: int
-) -> Forecast:
-    """The plan beside what the rehearsal measured."""
-    seconds = seconds_per_position * positions_per_step
-    free = free_gib(model.device)
-    weights = weights_by_part(model.net.named_parameters(), model.family.part_of, model.head_weight.shape[0])
-    advice = advise(weights, sum(gib for _, gib in parts), free) if math.isfinite(free) else None
-    return Forecast(parts, free, seconds, seconds * steps / 3600, advice)

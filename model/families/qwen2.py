@@ -17,8 +17,8 @@ HEADER, STOP = "<|im_start|>assistant\n", "<|im_end|>"
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 TINY_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for item in m.content %}{% if item.type == 'image' %}" + PICTURE + "{% else %}{{ item.text }}{% endif %}{% endfor %}"
-    "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for item in m.content %}{% if item.type == 'image' %}" + PICTURE + "{% else %}{{ item.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -33,9 +33,10 @@ class ChatML(Family):
         return {
             "config.json": {
                 "model_type": cls.name, "bos_token_id": "<|endoftext|>", "eos_token_id": STOP, "hidden_act": "silu",
-                "hidden_size": 64, "initializer_range": 0.02, "intermediate_size": 160, "max_position_embeddings": 32768,
-                "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
-                "rope_theta": 1000000.0, "tie_word_embeddings": True, "torch_dtype": "float32", "use_sliding_window": False,
+                "hidden_size": 64, "initializer_range": 0.02, "intermediate_size": 160, "num_attention_heads": 4,
+                "max_position_embeddings": 32768, "num_hidden_layers": 2, "num_key_value_heads": 2,
+                "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": True, "torch_dtype": "float32",
+                "use_sliding_window": False,
             }
         }
 
@@ -181,8 +182,8 @@ def check_calls(message: dict, response: str, number: int) -> None:
         missing = ([] if found else [name]) + [text for text in wanted if text not in rest]
         if missing:
             raise UserError(
-                f"assistant turn {number}: the chat template leaves {missing[0]} of its tool call out of the text, so it "
-                "would not be trained; pass --tool_template qwen"
+                f"assistant turn {number}: the chat template leaves {missing[0]} of its tool call out of the text, so "
+                "it would not be trained; pass --tool_template qwen"
             )
 
 

@@ -1,0 +1,64 @@
+"""What a resume needs beside weights and optimizer: the one state object, and the random generators.
+
+The place in the data is the step number, because the order of rows is a function of the seed (data/batches.py); the
+learning rate is a function of the step. So little is left: counts, the loss scaler, the judge's memory, random state.
+"""
+
+import random
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from training.guards import Statistics
+from training.precision import LossScaler
+
+
+@dataclass
+class State:
+    """All that a resume needs beside weights and optimizer; advanced once a step, saved whole."""
+
+    step: int = 0  # optimizer steps done, skipped ones included; also the place in the data (data/batches.py)
+    num_examples: int = 0
+    num_supervised_tokens: int = 0
+    scaler: LossScaler = field(default_factory=LossScaler)
+    statistics: Statistics = field(default_factory=Statistics)
+
+    def advance(self, num_examples: int, num_supervised_tokens: int) -> None:
+        """Count one step, whether or not its update was skipped."""
+        self.step += 1
+        self.num_examples += num_examples
+        self.num_supervised_tokens += num_supervised_tokens
+
+    def to_json(self) -> dict:
+        """The state as plain data; the number of threads goes along, because sums depend on it."""
+        return asdict(self) | {"num_threads": torch.get_num_threads()}
+
+    @classmethod
+    def from_json(cls, saved: dict) -> "State":
+        """The state that to_json gave; prints a note where this process cannot repeat the saved run bit for bit."""
+        saved = dict(saved)
+        before, now = saved.pop("num_threads"), torch.get_num_threads()
+        if before != now:
+            print(f"note: saved by a run of {before} threads, resumed with {now}: last digits will differ")
+        saved["scaler"] = LossScaler(**saved["scaler"])
+        saved["statistics"] = Statistics(**saved["statistics"])
+        return cls(**saved)
+
+
+def capture_random() -> dict[str, torch.Tensor]:
+    """The state of every random generator a run draws from, as tensors: Python's, torch's, and the card's in use."""
+    version, words, gauss = random.getstate()
+    state = {"python": torch.tensor([version, *words]), "torch": torch.get_rng_state()}
+    state["python_gauss"] = torch.tensor([] if gauss is None else [gauss], dtype=torch.float64)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random(state: dict[str, torch.Tensor]) -> None:
+    """Put back what capture_random gave, where this process has such a generator."""
+    version, *words = state["python"].tolist()
+    random.setstate((version, tuple(words), next(iter(state["python_gauss"].tolist()), None)))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
