@@ -175,10 +175,10 @@ def messages_of(image: str, asked: list[tuple[str, str]]) -> list[dict]:
     return messages
 
 
-def parse_box(text: str) -> tuple[float, ...] | None:
+def parse_box(text: str) -> Box | None:
     """The first `<box>x1 y1 x2 y2</box>` in a text, or None where there is none."""
     match = re.search(r"<box>\s*(\d+)\s+(\d+)\s+(\d+)\s+(\d+)\s*</box>", text)
-    return tuple(float(number) for number in match.groups()) if match else None
+    return tuple(int(number) for number in match.groups()) if match else None
 
 
 def hits(response: str, label: str) -> bool:
@@ -190,7 +190,7 @@ def hits(response: str, label: str) -> bool:
     return truth[0] <= x <= truth[2] and truth[1] <= y <= truth[3]
 
 
-def draw_box(picture: Image.Image, box: tuple[float, ...], colour: str = "red") -> Image.Image:
+def draw_box(picture: Image.Image, box: Box, colour: str = "red") -> Image.Image:
     """A copy of the picture with the box drawn on it."""
     copy = picture.convert("RGB")
     left, top, right, bottom = box

@@ -14,12 +14,10 @@ from typing import Any
 
 from data.errors import UserError
 from data.images import open_image
-from data.labels import Example
 from eval.boxes import Box, draw_boxes, parse_boxes
 from eval.generate import generate
 from eval.metrics import parse_calls
 from eval.subject import Subject
-from model.family import Family
 
 MARK = "<image>"
 
@@ -48,17 +46,17 @@ class Dialogue:
         if not answer.stopped:
             print(f"note: cut at {self.max_new_tokens} tokens, see --max_new_tokens", file=sys.stderr)
         if self.draw:
-            self.draw_answer(parse_boxes(answer.text), prompt)
+            self.draw_answer(parse_boxes(answer.text))
         return answer.text
 
-    def draw_answer(self, boxes: list[Box], prompt: Example) -> None:
+    def draw_answer(self, boxes: list[Box]) -> None:
         """Write the picture with the answer's boxes on it; says so where the answer has none."""
         if not boxes:
             print(f"note: no box in the answer, {self.draw} is not written", file=sys.stderr)
             return
         picture, width, height = open_image(self.image), 1000, 1000
         if self.box_scale == "pixels":
-            width, height = size_as_seen(self.subject.family, prompt, picture.size)
+            width, height = self.subject.family.seen_size(*picture.size)
         try:
             draw_boxes(picture, boxes, (picture.width / width, picture.height / height)).save(self.draw)
         except (OSError, ValueError) as error:
@@ -70,15 +68,6 @@ def place_picture(question: str, image: str) -> list[dict[str, Any]]:
     before, mark, after = question.partition(MARK) if MARK in question else ("", MARK, question)
     parts = [{"type": "text", "text": before}, {"type": "image", "image": image}, {"type": "text", "text": after}]
     return [part for part in parts if part.get("text", mark)]
-
-
-def size_as_seen(family: Family, prompt: Example, original: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of the first picture after resizing, in a family that keeps the picture whole as Qwen does."""
-    if "image_grid_thw" not in prompt.pixels:
-        return original
-    _, rows, columns = prompt.pixels["image_grid_thw"][0].tolist()
-    side = family.processor["patch_size"]
-    return columns * side, rows * side
 
 
 def in_short(text: str) -> str:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data.images import open_image
 from data.rows import Rows
 from eval.boxes import parse_boxes
 from eval.evaluate import evaluate
@@ -34,8 +35,8 @@ class Examiner:
         self.figures: dict[str, dict[str, dict[str, float]]] = {}  # when -> set -> figure -> value
         self.lines: dict[str, dict[str, list[dict]]] = {}  # when -> set -> lines
         for path in (self.folder / "outputs").glob("*.jsonl"):
-            kept = [line for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if line["step"] <= step]
-            self.lines.setdefault("before", {})[path.stem] = [line for line in kept if line["when"] == "before"] if step else []
+            kept = [line for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if line.get("step", 0) <= step]
+            self.lines.setdefault("before", {})[path.stem] = [line for line in kept if line.get("when") == "before"] if step else []
             path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept) if step else "", encoding="utf-8")
 
     def examine(self, step: int, when: str) -> None:
@@ -79,8 +80,24 @@ class Examiner:
         report = read_report(self.folder)
         for name, lines in self.lines.get("after", self.lines.get("during", {})).items():
             before = {line["id"]: line for line in self.lines.get("before", {}).get(name, [])}
-            report.samples += [sample_of(before.get(line["id"], {}), line) for line in lines[:NUM_SAMPLES] if "response" in line]
+            report.samples += [self.sample_of(before.get(line["id"], {}), line) for line in lines[:NUM_SAMPLES] if "response" in line]
         return report
+
+    def sample_of(self, before: dict, after: dict) -> Sample:
+        """One row of the report from its lines before and after; boxes in pixels of the picture as it lies on disk."""
+        picture, boxes = None, {}
+        if isinstance(after.get("image"), str):
+            picture = open_image(after["image"])
+            width, height = self.model.family.seen_size(*picture.size)
+            texts = {"expected": after["label"], "before": before.get("response", ""), "after": after["response"]}
+            for name, text in texts.items():
+                for x1, y1, x2, y2 in parse_boxes(text)[:1]:
+                    across, down = picture.width / width, picture.height / height
+                    boxes[f"{name}_box"] = x1 * across, y1 * down, x2 * across, y2 * down
+        return Sample(
+            id=after["id"], prompt=after["prompt"], expected=after["label"], before=before.get("response"),
+            after=after["response"], picture=picture, before_right=is_right(before), after_right=is_right(after), **boxes,
+        )
 
     def close(self, finished: bool) -> None:
         """Write the last report and print where it is; the built-in task's figures stand in front of it."""
@@ -90,21 +107,6 @@ class Examiner:
             for when in ("before", "after"):
                 print(f"{when} {100 * self.figures[when]['demo']['correct']:.1f} %")
         print(f"report {path}")
-
-
-def sample_of(before: dict, after: dict) -> Sample:
-    """One row of the report from its lines before and after."""
-    picture, boxes = None, {}
-    if isinstance(after.get("image"), str):
-        from data.images import open_image
-
-        picture = open_image(after["image"])
-        texts = {"expected": after["label"], "before": before.get("response", ""), "after": after["response"]}
-        boxes = {f"{name}_box": next(iter(parse_boxes(text)), None) for name, text in texts.items()}
-    return Sample(
-        id=after["id"], prompt=after["prompt"], expected=after["label"], before=before.get("response"), after=after["response"],
-        picture=picture, before_right=is_right(before), after_right=is_right(after), **boxes,
-    )
 
 
 def is_right(line: dict) -> bool | None:

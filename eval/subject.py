@@ -13,7 +13,8 @@ import yaml
 
 from data.errors import UserError
 from model import load_model
-from model.family import Family, Model, Options, read_json
+from model.family import Family, Model, Options
+from model.files import read_json
 from training import memory, precision
 from training.precision import Precision
 

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from data.errors import UserError
 from lora.adapter import ADAPTER, Settings, attach, inject, lora_layers
-from model.family import Family, Model, read_json
+from model.family import Family, Model
+from model.files import read_json
 from model.quantize import is_quantized, quiet_import
 from model.shards import whole_file, write_file
 

@@ -17,7 +17,8 @@ import torch
 
 from data.errors import UserError
 from lora.files import AdapterFile, read_adapter
-from model.family import find_family, read_json
+from model.family import find_family
+from model.files import read_json
 from model.load import copy_companions
 from model.shards import DTYPES, INDEX, Shards, read_header, tensor_bytes, whole_file
 

@@ -86,7 +86,7 @@ def present(folder: Path, *names: str) -> str | None:
 
 def find_template(folder: Path) -> str:
     """Where the chat template is, in the order in which it is looked for."""
-    from model.family import read_json
+    from model.files import read_json
 
     if found := present(folder, "chat_template.jinja") or present(folder, "chat_template.json"):
         return found

@@ -6,7 +6,6 @@ the boundaries are explicit, and there is no padding anywhere.
 """
 
 import importlib
-import json
 import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import nn
 from data.batches import Packed, pack_row
 from data.errors import UserError
 from data.labels import NO_LOSS, Example, PieceTokenizer, mask
+from model.files import read_json, read_tokenizer
 
 
 @dataclass
@@ -139,6 +139,10 @@ class Family:
         """To define for vision: one picture (path or PIL image) -> (its tensors, number of positions it takes)."""
         raise UserError(f"this model ({self.name}) takes no pictures, but the row has one; use a vision-language model")
 
+    def seen_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) at which the model sees a picture of this size: what boxes in pixels count in."""
+        return width, height
+
     def picture_positions(self, width: int, height: int) -> int:
         """To define for vision: positions that a picture of this size takes, without opening it."""
         raise UserError(f"this model ({self.name}) takes no pictures, but the row has one; use a vision-language model")
@@ -156,7 +160,7 @@ class Family:
         return torch.arange(len(input_ids))
 
     @property
-    def pixels_per_position(self) -> float | None:
+    def pixels_per_position(self) -> int | None:
         """Pixels of a picture that one position stands for; None where more pixels need not mean more positions."""
         return None
 
@@ -269,7 +273,7 @@ class Model(nn.Module):
         return list(logits.split(packed.lengths))
 
 
-# ---- finding and reading ------------------------------------------------------------------------------------------------
+# ---- finding a family -----------------------------------------------------------------------------------------------------
 
 
 def families() -> list[type[Family]]:
@@ -294,37 +298,6 @@ def find_family(folder: str | Path, options: Options | None = None) -> Family:
         f"{folder}/config.json: model_type {config.get('model_type')!r} is none that this project knows ({known}); "
         "a new family is one file in model/families/"
     )
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises UserError naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        found = sorted(p.name for p in path.parent.glob("*"))[:8] if path.parent.is_dir() else "no such folder"
-        raise UserError(f"{path}: not found (in the folder: {found}); give the folder of a model as downloaded") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: not readable JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {type(value).__name__} where a JSON object is expected")
-    return value
-
-
-def read_tokenizer(folder: Path):
-    """A fast tokenizer from tokenizer.json exactly as it stands (AutoTokenizer rebuilds some pipelines wrongly), or from
-    vocab.json + merges.txt by Qwen's rules. Special tokens and chat template come from tokenizer_config.json."""
-    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
-
-    settings = read_json(folder / "tokenizer_config.json")
-    if "auto_map" in settings:
-        print(f"note: {folder}/tokenizer_config.json asks for code from its repository (auto_map); it is not run")
-    if (folder / "tokenizer.json").exists():
-        names = ("bos_token", "eos_token", "pad_token", "unk_token", "additional_special_tokens", "chat_template")
-        kept = {name: settings[name] for name in names if settings.get(name) is not None}
-        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **kept)
-    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        return Qwen2Tokenizer.from_pretrained(str(folder))
-    raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json + merges.txt; download the tokenizer files too")
 
 
 def rename(name: str, prefixes: Iterable[tuple[str, str]]) -> str:

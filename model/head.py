@@ -37,4 +37,21 @@ def per_token(
 
 def negative_log_likelihood(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """-log softmax(logits)[target] of each position: (c, V), (c,) -> (c,), in fp32."""
-    return F.cross_entropy(logits, target, reduction="none")
+    return _NegativeLogLikelihood.apply(logits, target)
+
+
+class _NegativeLogLikelihood(torch.autograd.Function):
+    """The gradient of -log softmax(x)[t] is softmax(x) - one_hot(t): one (c, V) buffer, where F.cross_entropy takes two."""
+
+    @staticmethod
+    def forward(ctx, logits, target):
+        log_probs = logits.log_softmax(-1)  # (c, V)
+        ctx.save_for_backward(log_probs, target)
+        return -log_probs.gather(1, target[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        log_probs, target = ctx.saved_tensors
+        gradient = log_probs.exp()
+        gradient[torch.arange(len(target), device=target.device), target] -= 1
+        return gradient.mul_(grad[:, None]), None

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,12 +83,15 @@ def test_the_new_task_shares_no_word_and_no_position_with_the_old_one():
     assert not set(base.corners) & set(new.corners)
 
 
-def test_an_answer_is_given_away_by_no_other_question():
-    source = random.Random(0)
+def test_no_question_of_a_screen_gives_away_the_answer_to_another():
+    source, task = random.Random(0), replace(demo.TASKS["base"], num_questions=9)
     for _ in range(100):
-        asked = demo.questions(demo.draw_screen(demo.TASKS["base"], source), source)
-        words = [answer if demo.parse_box(question) else question.split('"')[1] for question, answer in asked]
+        asked = demo.questions(demo.draw_screen(task, source), task, source)
+        words = [question.split('"')[1] if '"' in question else answer for question, answer in asked]
         assert len(words) == len(set(words))
+        for question, answer in asked:
+            if '"' in question:
+                assert answer == question.split('"')[1] + demo.box_text(demo.parse_box(answer))
 
 
 @pytest.mark.parametrize("response, hit", [

@@ -89,7 +89,6 @@ def import_fork(place: str):
     """A file of tests/forks as a module, where no whole run is needed."""
     spec = importlib.util.spec_from_file_location(Path(place).stem, ROOT / "tests" / "forks" / place)
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(spec.name, module)
     spec.loader.exec_module(module)
     return module
 

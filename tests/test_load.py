@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from data.errors import UserError
 from model import load_model, load_tokenizer, save_model
-from model.family import find_family, read_json
+from model.family import find_family
+from model.files import read_json
 from model.load import build_on_meta, expected_tensors, is_tied, quantized_names
 from model.shards import INDEX, SINGLE, Shards
 from model.tiny import write_tiny

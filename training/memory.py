@@ -31,7 +31,6 @@ QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.516}  # a weight with its scales (those
 STORED_NAMES = {"int8": "int8", "uint8": "nf4"}  # bitsandbytes keeps two 4-bit weights in one uint8
 LOGIT_BYTES = 12  # a logit: bf16 value, fp32 softmax, fp32 gradient and what casts leave behind
 MINIMUM_DRIVER = {13: 580, 12: 525}  # NVIDIA driver by CUDA major version (NVIDIA's CUDA release notes)
-INSTALL = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/"  # + cu130 or cu126
 
 
 @dataclass(frozen=True)
@@ -199,12 +198,12 @@ def explain_unusable_card(driver: str, cuda: str | None, visible: str | None) ->
     if visible is not None and not re.match(r"\d|GPU|MIG", visible):
         return f"the NVIDIA card is hidden by CUDA_VISIBLE_DEVICES={visible!r}: unset it, {insist}"
     if cuda is None:
-        return (f"there is an NVIDIA card, but this torch was built without CUDA: {INSTALL}cu130 "
-                f"(driver {MINIMUM_DRIVER[13]} or newer) or cu126, {insist}")
+        return (f"there is an NVIDIA card, but this torch was built without CUDA: install torch's build cu130 "
+                f"(driver {MINIMUM_DRIVER[13]} or newer) or cu126 (pytorch.org, Get Started), {insist}")
     minimum = MINIMUM_DRIVER.get(int(cuda.split(".")[0]), 0)
     if driver != "unknown" and int(driver.split(".")[0]) < minimum:
         return (f"the NVIDIA driver {driver} is too old for CUDA {cuda}, which this torch was built for: install "
-                f"driver {minimum} or newer, or a torch for CUDA 12 ({INSTALL}cu126), {insist}")
+                f"driver {minimum} or newer, or torch's build cu126 (pytorch.org, Get Started), {insist}")
     return (f"there is an NVIDIA driver ({driver}), but torch cannot use a card: look at what nvidia-smi says, start a "
             f"container with its card (docker run --gpus all), {insist}")
 
@@ -236,6 +235,6 @@ def check_device(device: str) -> "torch.device":
     if chosen.index >= torch.cuda.device_count():
         raise UserError(f"--device {device}, but torch sees {torch.cuda.device_count()} card(s), counted from cuda:0.")
     if not supports_card(torch.cuda.get_device_capability(chosen), torch.cuda.get_arch_list()):
-        raise UserError(f"this torch has no code for the {torch.cuda.get_device_name(chosen)}: install one for CUDA 12 "
-                        f"({INSTALL}cu126), or pass --device cpu.")
+        raise UserError(f"this torch has no code for the {torch.cuda.get_device_name(chosen)}: install its build "
+                        "cu126 (pytorch.org, Get Started), or pass --device cpu.")
     return chosen

@@ -11,7 +11,8 @@ from torch import nn
 
 from data.errors import UserError
 from data.labels import cut_turns
-from model.family import Family, images_of, read_json
+from model.family import Family, images_of
+from model.files import read_json
 
 HEADER, STOP = "<|im_start|>assistant\n", "<|im_end|>"
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -16,7 +16,7 @@ from data.batches import Packed
 from data.images import open_image, patchify, smart_resize
 from model.attention import segment_attention
 from model.families.qwen2 import ChatML
-from model.family import read_json
+from model.files import read_json
 
 
 class WindowAttention(modeling.Qwen2_5_VLVisionAttention):
@@ -90,7 +90,7 @@ class Qwen2_5_VL(ChatML):  # noqa: N801 - the model's name
             return embeddings
         tower = net.model.visual
         features = tower(pictures["pixel_values"].to(tower.dtype), grid_thw=pictures["image_grid_thw"]).pooler_output
-        where = (packed.input_ids == self.image_token_id).nonzero()[:, 0]
+        where = torch.cat([torch.arange(*span) for span in packed.image_spans]).to(embeddings.device)
         return embeddings.index_copy(0, where, features.to(embeddings.dtype))  # (T, D)
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
@@ -120,14 +120,17 @@ class Qwen2_5_VL(ChatML):  # noqa: N801 - the model's name
         tensors = {"pixel_values": patches, "image_grid_thw": torch.tensor([grid])}
         return tensors, self.count_positions(tensors)[0]
 
-    def picture_positions(self, width: int, height: int) -> int:
+    def seen_size(self, width: int, height: int) -> tuple[int, int]:
         rule = self.processor
         factor = rule["patch_size"] * rule["merge_size"]
-        height, width = smart_resize(height, width, factor, rule["min_pixels"], rule["max_pixels"])
-        return height * width // factor**2
+        return smart_resize(height, width, factor, rule["min_pixels"], rule["max_pixels"])[::-1]
+
+    def picture_positions(self, width: int, height: int) -> int:
+        width, height = self.seen_size(width, height)
+        return width * height // self.pixels_per_position
 
     @property
-    def pixels_per_position(self) -> float:
+    def pixels_per_position(self) -> int:
         return (self.processor["patch_size"] * self.processor["merge_size"]) ** 2
 
     def count_positions(self, pixels: dict[str, torch.Tensor]) -> list[int]:
