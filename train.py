@@ -226,7 +226,7 @@ class Run:
         self.journal.event(verdict.action, step, reason=verdict.reason)
         print(f"step {step}: no update, because {verdict.reason}; rows: {', '.join(e.id for e in examples)}")
         if verdict.action == "stop":
-            raise UserError(f"step {step}: {verdict.reason}; the rows are in {self.folder}/journal.jsonl, the weights as before")
+            raise UserError(f"step {step}: {verdict.reason}; {self.folder}/journal.jsonl has the rows of each step")
 
     # ---- before the first step ------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -118,7 +118,9 @@ def load_rival(task: Task) -> torch.nn.Module:
 
     auto = AutoModelForImageTextToText if task.pictures else AutoModelForCausalLM
     quant = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)} if task.method == "lora_8bit" else {}
-    return auto.from_pretrained(task.folder, dtype=task.storage, **quant)
+    model = auto.from_pretrained(task.folder, dtype=task.storage, **quant)
+    model.accepts_loss_kwargs = True  # Qwen2.5-VL's class says no, and HF Trainer then averages means of micro-batches
+    return model
 
 
 def lora_config():
@@ -268,10 +270,6 @@ def measure(task: Task) -> dict:
         "positions": sum(map(len, counted)),
         "peak_mib": peak_mib(),
     }
-
-
-def as_json(task: Task) -> str:
-    return json.dumps(asdict(task))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ class Rows:
         held = "".join(f", {len(rows)} in {name}" for name, (_, rows) in self.eval_sets.items())
         total = len(self.train) + len(self.train.bad)
         skipped = f"skipped {len(self.bad)} of {total} rows\n" if self.bad else ""
-        return f"{skipped}{len(self.train_rows)} rows to train on ({dialects}{notes}){held}, the longest {self.lengths.longest} positions"
+        rows = f"{len(self.train_rows)} rows to train on ({dialects}{notes}){held}"
+        return f"{skipped}{rows}, the longest {self.lengths.longest} positions"
 
     @property
     def mean_length(self) -> float:
@@ -123,7 +124,9 @@ def hold_out(rows: Rows, amount: float, seed: int) -> None:
     """Move rows from training to an evaluation set: a share below 1, or a number; drawn by the seed alone."""
     count = round(amount * len(rows.train_rows)) if amount < 1 else int(amount)
     if not 0 < count < len(rows.train_rows):
-        raise UserError(f"--eval_split {amount:g} holds out {count} of {len(rows.train_rows)} rows; at least one must stay on each side")
+        raise UserError(
+            f"--eval_split {amount:g} holds out {count} of {len(rows.train_rows)} rows; at least one must stay on each side"
+        )
     order = epoch_order(len(rows.train_rows), seed, epoch=-1)
     held = sorted(rows.train_rows[i] for i in order[:count])
     rows.eval_sets["held_out"] = rows.train, held

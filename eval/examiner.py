@@ -35,9 +35,11 @@ class Examiner:
         self.figures: dict[str, dict[str, dict[str, float]]] = {}  # when -> set -> figure -> value
         self.lines: dict[str, dict[str, list[dict]]] = {}  # when -> set -> lines
         for path in (self.folder / "outputs").glob("*.jsonl"):
-            kept = [line for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if line.get("step", 0) <= step]
-            self.lines.setdefault("before", {})[path.stem] = [line for line in kept if line.get("when") == "before"] if step else []
-            path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept) if step else "", encoding="utf-8")
+            lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            kept = [line for line in lines if 0 < step and line.get("step", 0) <= step]
+            before = [line for line in kept if line.get("when") == "before"]
+            self.lines.setdefault("before", {})[path.stem] = before
+            path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
 
     def examine(self, step: int, when: str) -> None:
         """Evaluate every set; when is "before", "during" or "after". The test set is answered once, after."""
@@ -69,18 +71,17 @@ class Examiner:
         for name, after in self.figures.get("after", {}).items():
             before = self.figures.get("before", {}).get(name, {})
             for key in (key for key in after if key in before and key not in NOT_COMPARED):
-                unit = "" if key == "loss" else "%"
-                scale = 100 if unit else 1
-                self.journal.event(
-                    "comparison", 0, name=f"{name}: {key.replace('_', ' ')}", before=scale * before[key], after=scale * after[key], unit=unit
-                )
+                unit, scale = ("", 1) if key == "loss" else ("%", 100)
+                values = {"before": scale * before[key], "after": scale * after[key], "unit": unit}
+                self.journal.event("comparison", 0, name=f"{name}: {key.replace('_', ' ')}", **values)
 
     def page(self) -> Report:
         """The report's content: what lies in the folder, and samples of the rows answered before and after."""
         report = read_report(self.folder)
         for name, lines in self.lines.get("after", self.lines.get("during", {})).items():
             before = {line["id"]: line for line in self.lines.get("before", {}).get(name, [])}
-            report.samples += [self.sample_of(before.get(line["id"], {}), line) for line in lines[:NUM_SAMPLES] if "response" in line]
+            shown = [line for line in lines if "response" in line][:NUM_SAMPLES]
+            report.samples += [self.sample_of(before.get(line["id"], {}), line) for line in shown]
         return report
 
     def sample_of(self, before: dict, after: dict) -> Sample:

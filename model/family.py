@@ -8,7 +8,7 @@ the boundaries are explicit, and there is no padding anywhere.
 import importlib
 import pkgutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,9 @@ class Family:
         input_ids, labels = mask(expand_pictures(pieces, self.image_token_id, [count for _, count in pictures]))
         return self.example(input_ids, labels, pixels)
 
-    def example(self, input_ids: Iterable[int], labels: Iterable[int], pixels: dict[str, torch.Tensor] | None = None) -> Example:
+    def example(
+        self, input_ids: Iterable[int], labels: Iterable[int], pixels: dict[str, torch.Tensor] | None = None
+    ) -> Example:
         """An Example from finished ids: adds the picture spans and the positions."""
         ids, pixels = torch.as_tensor(input_ids, dtype=torch.long), pixels or {}
         spans, place = [], 0

@@ -67,8 +67,7 @@ def expected_tensors(family: Family, net: nn.Module) -> dict[str, torch.Size]:
 
 def is_tied(net: nn.Module) -> bool:
     """Whether the output head is the input embedding."""
-    config = net.config
-    return bool(getattr(config, "tie_word_embeddings", False) or getattr(config.get_text_config(), "tie_word_embeddings", False))
+    return any(getattr(config, "tie_word_embeddings", False) for config in (net.config, net.config.get_text_config()))
 
 
 def fill(net: nn.Module, family: Family, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
@@ -105,18 +104,20 @@ def refuse_differences(folder: Path, wanted: dict, found: dict) -> None:
     """UserError that names the tensors which a checkpoint lacks, has too many, or has in another shape."""
     missing = [n for n in wanted if n not in found]
     unexpected = [n for n in found if n not in wanted]
-    misshapen = [f"{n} is {tuple(found[n])}, config.json says {tuple(wanted[n])}" for n in wanted if n in found and found[n] != wanted[n]]
+    differ = [n for n in wanted if n in found and found[n] != wanted[n]]
+    misshapen = [f"{n} is {tuple(found[n])}, config.json says {tuple(wanted[n])}" for n in differ]
     for what, names in (("lacks", missing), ("has unexpected", unexpected), ("has misshapen", misshapen)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"{folder}: the checkpoint {what} tensors: {'; '.join(names[:3])}{more}; is config.json of this model?")
+            listed = "; ".join(names[:3]) + more
+            raise UserError(f"{folder}: the checkpoint {what} tensors: {listed}; is config.json of this model?")
 
 
 def save(model: Model, folder: Path) -> None:
     """See model.save_model."""
     net, family = model.net, model.family
     if any(is_quantized(m) for m in net.modules()):
-        raise UserError("a quantised model is not saved whole; save its adapter and merge it into the 16-bit base (python -m lora merge)")
+        raise UserError("a quantised model is not saved whole; merge its adapter into the 16-bit base (python -m lora merge)")
     copy_companions(family.folder, folder)
     write_weights(net, family, folder)
 

@@ -121,7 +121,7 @@ def refuse_outside(folder: Path, name: str, source: Path) -> None:
         root = root.parent.parent
     inside = isinstance(name, str) and "\0" not in name and not Path(name).is_absolute()
     if not inside or not (folder / name).resolve().is_relative_to(root):
-        raise UserError(f"{source}: names the file {name!r}, which lies outside {folder}; the model folder is not to be trusted")
+        raise UserError(f"{source}: names the file {name!r}, which lies outside {folder}; do not trust this model folder")
 
 
 @contextmanager

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from training import checkpoint
-from training.state import State
 from training.guards import Stop
+from training.state import State
 
 NAMES = ("fsync", "rename", "mkdir", "unlink", "rmdir")
 

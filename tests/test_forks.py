@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
 
 from data.batches import pack_row
+from eval.metrics import Reply
 from model import load_model
 from model.tiny import write_tiny
 from training import optim
@@ -172,6 +173,7 @@ def test_a_model_is_no_distance_from_itself(monkeypatch, base):
         loss.backward()
         assert abs(loss.item()) < 1e-5
         assert all(p.grad.abs().max() < 1e-5 for p in student.parameters())
+        assert all(p.grad is None for p in stage.teacher.parameters())
     with pytest.raises(distill.UserError, match="--teacher is missing"):
         distill.Stage(distill.Flags(), student)
 
@@ -240,6 +242,13 @@ def test_a_metric(tmp_path, base, rows):
         assert len(rates) == 2
         assert record["character_error_rate"] == pytest.approx(sum(rates) / 2)
         assert record["character_error_rate"] > 0
+
+
+@pytest.mark.parametrize("response", ["", "sitting", "kitchen", "it", "mitten kitten", "network"])
+def test_character_errors_are_counted(response):
+    reply = Reply(id="", where="", prompt="", response=response, label="kitten", stopped=True)
+    found = import_fork(FORKS["a metric"]).character_error_rate(reply)
+    assert found == {"character_error_rate": distance(response, "kitten") / 6}
 
 
 @cache

@@ -67,7 +67,8 @@ def test_help_needs_no_heavy_library(door):
     """--help answers at once because nothing heavy is imported: checked by what is loaded, not by a clock."""
     arguments = door.split()
     module = arguments[1] if arguments[0] == "-m" else None
-    target = f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)" if module else "runpy.run_path('train.py', run_name='__main__')"
+    run = f"run_module({module!r}, alter_sys=True, " if module else "run_path('train.py', "
+    target = f"runpy.{run}run_name='__main__')"
     code = (
         f"import runpy, sys\nsys.path.insert(0, '.')\nsys.argv = {['x', *arguments[2:], '--help']!r}\n"
         f"try:\n    {target}\nexcept SystemExit as end:\n    assert not end.code, end.code\n"

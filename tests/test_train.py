@@ -139,7 +139,8 @@ def test_resume_is_bit_exact_at_every_step(monkeypatch, tmp_path, base, rows, ca
         assert {"event": "resume", "step": step} in records
         assert losses_of(resumed) == losses_of(straight)
         for name in ("trained", "optimizer"):
-            ours, theirs = (load_file(p / "checkpoints" / f"step-{last:06d}" / f"{name}.safetensors") for p in (resumed, straight))
+            file = f"checkpoints/step-{last:06d}/{name}.safetensors"
+            ours, theirs = load_file(resumed / file), load_file(straight / file)
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[key], theirs[key]) for key in ours), (step, name)
         shutil.rmtree(resumed)
@@ -173,7 +174,7 @@ def test_same_seed_same_bits_whatever_the_workers(monkeypatch, tmp_path, base, r
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-# ---- what a run leaves, and what stops it -------------------------------------------------------------------------------------
+# ---- what a run leaves, and what stops it ---------------------------------------------------------------------------
 
 
 def test_output_folder(monkeypatch, tmp_path, base, rows):

@@ -119,7 +119,7 @@ def rehearse(
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"the longest rows do not fit in memory ({peak_gib(model.device):.1f} GiB used, {free_gib(model.device):.1f} there); "
+            f"the longest rows do not fit: {peak_gib(model.device):.1f} GiB used, {free_gib(model.device):.1f} there; "
             "lower --max_pixels or --max_length, or use --use_lora with --use_8bit or --use_4bit"
         ) from None
     finally:

@@ -1,0 +1,26 @@
+"""`python -m bench train`: the same training work by this project and by what a user would take instead."""
+
+import argparse
+
+from data.errors import command
+
+
+def main() -> int:
+    """Read the command line and run the measurement."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="one workload through every variant, losses compared; prints a table a group")
+    train.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each variant runs; medians are printed (3)")
+    train.add_argument("--steps", type=int, default=10, metavar="N", help="updates of 8 rows; the first is not timed (10)")
+    train.add_argument("--only", nargs="+", default=[], metavar="NAME", help="groups and variants to run (all)")
+    train.add_argument("--quick", action="store_true", help="a tiny model, one round of three steps: does everything run?")
+    train.add_argument("--micro_tokens", type=int, default=4096, metavar="N", help="longest packed row of ours (train.py's 4096)")
+    flags = parser.parse_args()
+    from bench.train import run
+
+    rounds, steps = (1, 3) if flags.quick else (flags.rounds, flags.steps)
+    return run(rounds, max(2, steps), flags.only, flags.quick, flags.micro_tokens)
+
+
+if __name__ == "__main__":
+    command(main)
