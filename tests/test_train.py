@@ -279,3 +279,27 @@ def test_the_seeds_command_on_real_rows(monkeypatch, tmp_path):
     assert run(monkeypatch, *arguments) == 0
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
     assert all(torch.isfinite(torch.tensor(losses_of(tmp_path / "out"))))
+
+
+KINDS = {
+    "full, fp32 masters": ["--precision", "bf16", "--learning_rate", "3e-3"],
+    "full, bf16 rounded stochastically": ["--precision", "bf16", "--optim", "adamw_8bit", "--learning_rate", "3e-3"],
+    "lora": ["--use_lora", "--precision", "bf16", "--optim", "paged_adamw_8bit"],
+    "rslora": ["--use_lora", "--use_rslora"],
+    "dora on 4 bits": ["--use_lora", "--use_dora", "--use_4bit", "--precision", "bf16"],
+    "lora on 8 bits, offloaded": ["--use_lora", "--use_8bit", "--offload_activations"],
+    "prefix": ["--use_lora", "--peft_type", "PREFIX_TUNING", "--num_virtual_tokens", 4, "--learning_rate", "3e-2"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_training_learns_and_can_be_asked(monkeypatch, tmp_path, base, rows, kind, capsys):
+    output = tmp_path / "out"
+    more = [*KINDS[kind], "--max_steps", 12, "--batch_size", 8, "--lr_schedule", "constant"]
+    assert run(monkeypatch, *flags(base, rows, output, *more)) == 0
+    losses = losses_of(output)
+    assert sum(losses[-3:]) / 3 < losses[0] - 0.1
+    from eval.subject import open_subject
+
+    subject = open_subject(str(output))
+    assert subject.run == output
