@@ -150,9 +150,8 @@ def prompt_of(family: Family, example: Example) -> Example:
 def label_of(family: Family, example: Example) -> str:
     """The last trained answer as text, without its stop token: what the model would have to write."""
     ids = example.labels[answer_start(example) :].tolist()
-    ids = ids[: ids.index(NO_LOSS)] if NO_LOSS in ids else ids
-    ids = ids[:-1] if ids[-1] in family.stop_ids else ids
-    return family.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    end = next((place for place, token in enumerate(ids) if token == NO_LOSS or token in family.stop_ids), len(ids))
+    return family.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def score(

@@ -45,4 +45,5 @@ def run_merge(flags: argparse.Namespace) -> None:
     print(report_text(entry["report"]))
 
 
-command(main)
+if __name__ == "__main__":
+    command(main)

@@ -25,7 +25,7 @@ def resolve(folder_or_hub_id: str | Path) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: no such model folder, and not a hub id of the form org/name")
+        raise UserError(f"{name}: no such folder, and not a hub id of the form org/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -35,7 +35,7 @@ def resolve(folder_or_hub_id: str | Path) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{name}: no such model folder, and the hub has not answered for it ({reason}); "
+            f"{name}: no such folder, and the hub has not answered for it ({reason}); "
             f"check the name and the network, or download it first: hf download {name}"
         ) from None
 

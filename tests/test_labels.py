@@ -83,6 +83,10 @@ def check_reference(family, case, messages):
     assert spans(family, example) == case["decoded_spans"]
     last = family.encode(train_last_only(messages), case.get("tools"))
     assert last.input_ids.tolist() == case["input_ids"] and last.labels.tolist() == case["labels_last_turn"]
+    if case["newline_variant"]["input_ids_equal"]:
+        official = find_family(family.folder, Options(labels="official")).encode(messages, case.get("tools"))
+        assert official.input_ids.tolist() == case["input_ids"]
+        assert official.labels.tolist() == case["newline_variant"]["labels"]
     prompt = family.encode_prompt(messages, case.get("tools"))
     start = case["spans_all_turns"][-1][0]
     assert prompt.input_ids.tolist() == case["input_ids"][:start]

@@ -109,7 +109,7 @@ class Config:
     device: str = option("auto", "auto: the CUDA card if there is one", words="auto cpu cuda", steers=False)
     resume: str = option("no", "yes (newest checkpoint), a step number or a checkpoint folder", steers=False,
                          recorded=False)
-    force: bool = option(False, "go on where a check asks whether it is meant", steers=False, recorded=False)
+    force: bool = option(False, "start although the plan says that the memory will not do", steers=False, recorded=False)
     demo: bool = option(False, "the built-in task, as without any argument", steers=False)
     config: str | None = option(None, "YAML file of these settings; flags win over it", steers=False, recorded=False,
                                 compare=False)

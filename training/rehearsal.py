@@ -88,7 +88,13 @@ class Plan:
         if self.config.micro_tokens != "auto":
             return self.config.micro_tokens
         needed = lambda tokens: sum(gib for _, gib in self.parts(tokens))  # noqa: E731
-        return choose_micro_tokens(needed, free_gib(self.model.device), longest, MICRO_TOKENS[self.model.device.type])
+        try:
+            return choose_micro_tokens(needed, free_gib(self.model.device), longest, MICRO_TOKENS[self.model.device.type])
+        except UserError as error:
+            if not self.config.force:
+                raise UserError(f"{error} --force tries it all the same") from None
+        print(f"--force: one row of {longest} positions at a time, though the plan says that it will not fit")
+        return longest
 
     def forecast(self, tokens: int, seconds_per_position: float, positions_per_step: float, steps: int) -> Forecast:
         """The plan beside what the rehearsal measured."""

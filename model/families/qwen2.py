@@ -5,7 +5,7 @@ after "assistant\n" through <|im_end|>, and the newline after it belongs to the 
 """
 
 import json
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from torch import nn
 
@@ -60,6 +60,10 @@ class ChatML(Family):
             check_calls(message, piece.text.replace(mark, ""), number)
         if tools:
             self.check_tools(tools, marked_tools, mark)
+        if self.options.labels == "official":  # the makers' recipe has a loss on the newline after the stop token too
+            for piece, after in pairwise(pieces):
+                if piece.trained and after.text.startswith("\n"):
+                    piece.text, after.text = piece.text + "\n", after.text[1:]
         return [(self.pieces.ids(piece.text, mark), piece.trained) for piece in pieces]
 
     def render_text(self, messages: list[dict], tools: list | None, has_calls: bool) -> str:
