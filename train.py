@@ -49,14 +49,16 @@ class Run:
 
         from data.batches import Batches, Encoded
         from data.rows import open_rows
+        from eval.examiner import check_names
         from lora import adapter, files
         from model import load_model
         from model.checkpointing import checkpoint_blocks
         from model.family import Options
         from training import checkpoint, memory, optim, precision, rehearsal
-        from training.state import State
+        from training.state import State, seed_random
 
         # the machine, and where the run stands
+        check_names(config)
         self.config, self.folder = config, Path(config.output_dir)
         self.device = memory.check_device(config.device)
         self.precision = precision.choose(config.precision, self.device)
@@ -65,7 +67,7 @@ class Run:
         self.found = checkpoint.find_resume(self.folder, config.resume)
         if config.demo:
             demo.prepare(config)
-        torch.manual_seed(config.seed)
+        seed_random(config.seed)
 
         # the model, and what of it is trained
         quant = "8bit" if config.use_8bit else "4bit" if config.use_4bit else None
@@ -86,20 +88,21 @@ class Run:
         # the rows, and the steps they make
         max_length = None if config.max_length == "auto" else config.max_length
         self.stage = stage_class(config.stage_options, self.model, max_length)
-        self.rows = open_rows(config, self.family, self.folder)
-        dataset = Encoded(self.rows.train, self.stage.encode, self.rows.train_rows)
+        self.rows = open_rows(config, self.family, self.folder, resumed=self.found is not None)
+        dataset = Encoded(self.rows.train, self.stage.encode, self.rows.lengths.kept)
         self.batches = Batches(dataset, config.batch_size * config.grad_accum, config.seed, config.num_workers)
         self.last = config.max_steps or math.ceil(config.epochs * self.batches.steps_per_epoch)
         print(f"{self.rows.text}; {self.last} updates of {self.batches.step_rows}, {self.batches.steps_per_epoch} an epoch")
 
         # the optimizer, and the state
-        self.rate = config.learning_rate or self.family.learning_rate(full=not config.use_lora)
+        default_rate = self.family.learning_rate(full=not config.use_lora)
+        self.rate = default_rate if config.learning_rate is None else config.learning_rate
         groups = optim.parameter_groups(self.model, config.weight_decay)
         self.optimizer = optim.build_optimizer(config.optim, groups, self.rate, betas=(0.9, config.adam_beta2))
         self.state = State(scaler=self.precision.scaler())
         self.identity = trajectory(config) | {"data_sha256": self.rows.sha256}
         self.plan = rehearsal.Plan(self.model, config)
-        self.micro_tokens = self.plan.micro_tokens(self.rows.lengths.longest)
+        self.state.micro_tokens = self.plan.micro_tokens(self.rows.lengths.longest)
         self.model.train()
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -113,26 +116,27 @@ class Run:
 
         if self.found:
             self.resume(self.found)
-            if self.state.step >= self.last:
+            if self.state.step >= self.last and self.target.exists():
                 print(f"nothing to do: {self.folder} has all its {self.last} updates; train longer in a new --output_dir")
                 return 0
         else:
-            (self.folder / "run.yaml").write_text(to_yaml(self.config), encoding="utf-8")
             expected = self.rehearse()
+        if not (self.folder / "run.yaml").exists():
+            (self.folder / "run.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         config = self.config
         self.journal = Journal(self.folder, self.last, self.state.step, config.logging_steps, config.report_to)
-        examiner = Examiner(
-            config, self.model, self.rows, self.precision, self.journal, self.micro_tokens, self.state.step
-        )
+        examiner = Examiner(config, self.model, self.rows, self.precision, self.journal, self.state)
         if not self.found:
             self.write_opening(expected)
             examiner.examine(0, "before")
         stop = Stop()
         try:
             self.loop(stop, examiner)
-        except RuntimeError:
-            if not stop.requested:  # the signal went to the whole group and took a data worker first
-                raise
+        except UserError:  # a bad row, no memory, a worker that died: what was learnt until then is not lost
+            if self.state.step:
+                self.commit()
+            self.journal.close()
+            raise
         saved = self.commit()
         finished = self.state.step == self.last
         if finished:
@@ -171,7 +175,7 @@ class Run:
             state.scaler.update(overflowed)
             self.optimizer.zero_grad(set_to_none=True)
             num_supervised = sum(example.num_supervised for example in examples)
-            state.advance(len(examples), num_supervised)  # 6 the one state object
+            state.step += 1  # 6 the one state object
             self.journal.step(  # 7 one line on screen, one on disk
                 state.step, epoch=state.step / per_epoch, loss=loss, lr=rate, grad_norm=norm,
                 supervised_tokens=num_supervised, seconds=time.perf_counter() - started, data_wait=waited,
@@ -180,10 +184,10 @@ class Run:
             )
             if verdict.action != "update":
                 self.no_update(verdict, examples)
-            if state.step < self.last and due(config.eval_every, state.step, per_epoch):  # 8 evaluate, save
-                examiner.examine(state.step, "during")
-            if state.step < self.last and due(config.save_every, state.step, per_epoch):
+            if state.step < self.last and due(config.save_every, state.step, per_epoch):  # 8 save, evaluate
                 self.commit()
+            if state.step < self.last and due(config.eval_every, state.step, per_epoch):
+                examiner.examine(state.step, "during")
 
     def forward_backward(self, examples: list, total: float) -> tuple[float, dict[str, float]]:
         """Gradients of the step's loss, and its value. Out of memory anywhere drops all gradients, restores the random
@@ -200,31 +204,32 @@ class Run:
                     raise
             self.optimizer.zero_grad(set_to_none=True)
             restore_random(random)
-            longest, shortest = max(map(len, examples)), min(map(len, examples))
-            if self.micro_tokens <= shortest:
+            if len(self.stage.pack(examples, self.state.micro_tokens)) == len(self.stage.pack(examples, 1)):
                 raise UserError(
-                    f"out of memory with one row of {longest} positions at a time; lower --max_pixels or --max_length, or "
-                    "use --use_8bit or --use_4bit. The last checkpoint is whole: --resume yes goes on from it"
+                    f"out of memory with one example of {max(map(len, examples))} positions at a time; lower --max_pixels or "
+                    "--max_length, or use --use_8bit or --use_4bit. The last checkpoint is whole: --resume yes goes on from it"
                 )
-            self.micro_tokens = min(self.micro_tokens, sum(map(len, examples))) // 2
-            print(f"out of memory: the step is done again in packed rows of {self.micro_tokens} positions")
+            self.state.micro_tokens = min(self.state.micro_tokens, sum(map(len, examples))) // 2
+            self.journal.say(f"out of memory: the step is done again in packed rows of {self.state.micro_tokens} positions")
 
     def accumulate(self, examples: list, total: float) -> tuple[float, dict[str, float]]:
         """Forward and backward of every packed row of a step."""
-        loss_sum, figures = 0.0, {}
-        for row in self.stage.pack(examples, self.micro_tokens):
+        import torch
+
+        loss_sum, figures = torch.zeros((), device=self.device), {}
+        for row in self.stage.pack(examples, self.state.micro_tokens):
             with self.precision.autocast():
                 loss, more = self.stage.loss(self.model, row.to(self.device), total)
             (loss * self.state.scaler.scale).backward()
-            loss_sum += loss.item()
+            loss_sum += loss.detach()  # one wait for the card a step, not one a row
             figures = {name: figures.get(name, 0.0) + value for name, value in more.items()}
-        return loss_sum, figures
+        return loss_sum.item(), figures
 
     def no_update(self, verdict, examples: list) -> None:
         """Write down a step whose update was not made, and why; end the run if the judge says so."""
         step = self.state.step
         self.journal.event(verdict.action, step, reason=verdict.reason)
-        print(f"step {step}: no update, because {verdict.reason}; rows: {', '.join(e.id for e in examples)}")
+        self.journal.say(f"step {step}: no update, because {verdict.reason}; rows: {', '.join(e.id for e in examples)}")
         if verdict.action == "stop":
             raise UserError(f"step {step}: {verdict.reason}; {self.folder}/journal.jsonl has the rows of each step")
 
@@ -236,20 +241,20 @@ class Run:
         from data.labels import explain
         from training.rehearsal import fill, rehearse
 
-        rows = self.rows
-        candidates = Encoded(rows.train, self.stage.encode, rows.lengths.longest_rows[: self.batches.step_rows])
+        rows, tokens = self.rows, self.state.micro_tokens
+        candidates = Encoded(rows.train, self.stage.encode, rows.lengths.longest_rows)
         longest = rows.usable([candidates[i] for i in range(len(candidates))])
-        worst = fill(longest, self.micro_tokens)
+        worst = fill(longest, tokens, self.batches.step_rows)
 
-        def backward() -> int:
-            self.accumulate(worst, self.stage.denominator(worst))
-            return sum(map(len, worst))
+        def backward() -> tuple[int, float]:
+            return sum(map(len, worst)), self.accumulate(worst, self.stage.denominator(worst))[0]
 
-        per_position = rehearse(self.folder, self.model, self.optimizer, backward, self.snapshot)
-        positions = rows.mean_length * self.batches.step_rows
-        expected = self.plan.forecast(self.micro_tokens, per_position, positions, self.last)
-        print(f"forecast, with packed rows of {self.micro_tokens} positions:\n{expected.text()}")
-        print(f"a row as the model sees it, supervised tokens marked:\n{explain(longest[-1], self.family.tokenizer)[:4000]}")
+        per_position, update = rehearse(self.folder, self.model, self.optimizer, backward, self.snapshot)
+        seconds = per_position * rows.lengths.mean * min(self.batches.step_rows, len(rows.lengths.kept)) + update
+        expected = self.plan.forecast(tokens, seconds, self.last)
+        print(f"forecast, with packed rows of {tokens} positions:\n{expected.text()}")
+        shown = explain(worst[-1], self.family.tokenizer, sys.stdout.isatty())
+        print(f"a row as the model sees it, supervised tokens marked:\n{shown[-4000:]}")
         return expected
 
     def write_opening(self, expected) -> None:
@@ -311,7 +316,14 @@ class Run:
         optim.load_optimizer_tensors(self.optimizer, tensors["optimizer.safetensors"], jsons["optimizer.json"])
         restore_random(tensors["random.safetensors"])
         self.state = State.from_json(jsons["state.json"])
+        if self.config.micro_tokens != "auto":
+            self.state.micro_tokens = self.config.micro_tokens
         print(f"resumed from {found}, after step {self.state.step}")
+
+    @property
+    def target(self) -> Path:
+        """Where the result goes."""
+        return self.folder / ("adapter" if self.config.use_lora else "model")
 
     def export(self) -> None:
         """Write adapter/ or model/, whole or not at all, and the README that says what to do with it."""
@@ -319,7 +331,7 @@ class Run:
         from model import save_model
         from training.readme import write_readme
 
-        target = self.folder / ("adapter" if self.config.use_lora else "model")
+        target = self.target
         part = target.with_name(f".{target.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         if self.config.use_lora:

@@ -10,11 +10,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="one workload through every variant, losses compared; prints a table a group")
-    train.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each variant runs; medians are printed (3)")
+    train.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each variant runs; medians count (3)")
     train.add_argument("--steps", type=int, default=10, metavar="N", help="updates of 8 rows; the first is not timed (10)")
     train.add_argument("--only", nargs="+", default=[], metavar="NAME", help="groups and variants to run (all)")
     train.add_argument("--quick", action="store_true", help="a tiny model, one round of three steps: does everything run?")
-    train.add_argument("--micro_tokens", type=int, default=4096, metavar="N", help="longest packed row of ours (train.py's 4096)")
+    train.add_argument("--micro_tokens", type=int, default=4096, metavar="N", help="longest packed row of ours (4096)")
     flags = parser.parse_args()
     from bench.train import run
 

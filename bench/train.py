@@ -63,8 +63,10 @@ def run(rounds: int, steps: int, only: list[str], quick: bool, micro_tokens: int
             results: dict[str, list[dict]] = {variant: [] for variant in group.variants}
             for number in range(rounds):
                 for variant in group.variants:
-                    print(f"{name}: round {number + 1} of {rounds}, {variant}", file=sys.stderr, flush=True)
-                    results[variant].append(measure(task | {"variant": variant}))
+                    result = measure(task | {"variant": variant})
+                    results[variant].append(result)
+                    note = f"{result['tokens'] / result['seconds']:.0f} tokens / CPU s" if "losses" in result else "did not run"
+                    print(f"{name}: round {number + 1} of {rounds}, {variant}, {note}", file=sys.stderr, flush=True)
             text, agree = table(name, group, results, min(steps, group.most_steps), rounds)
             print("\n" + text, flush=True)
             good = good and agree
@@ -76,7 +78,8 @@ def choose(only: list[str]) -> dict[str, Group]:
     variants = {v for group in GROUPS.values() for v in group.variants}
     unknown = [name for name in only if name not in GROUPS and name not in variants]
     if unknown:
-        raise UserError(f"--only {unknown[0]}: neither a group ({', '.join(GROUPS)}) nor a variant ({', '.join(sorted(variants))})")
+        known = f"neither a group ({', '.join(GROUPS)}) nor a variant ({', '.join(sorted(variants))})"
+        raise UserError(f"--only {unknown[0]}: {known}")
     groups = {name: group for name, group in GROUPS.items() if name in only} or GROUPS
     wanted = variants & set(only) or variants
     narrowed = {
@@ -125,8 +128,8 @@ def table(name: str, group: Group, results: dict[str, list[dict]], steps: int, r
         base = ran[first]
         base_peak = statistics.median(r["peak_mib"] for r in base)
         gap = max(abs(a - b) for r in found for a, b in zip(r["losses"], base[0]["losses"], strict=True))
-        verdict = "" if gap <= tolerance else "DIFFERS"
-        lines.append(f"| {variant} | {rate:.0f} | {rate / speed(base):.2f} | {peak:.0f} | {peak / base_peak:.2f} | {gap:.1e} | {verdict} |")
+        figures = f"{rate:.0f} | {rate / speed(base):.2f} | {peak:.0f} | {peak / base_peak:.2f} | {gap:.1e}"
+        lines.append(f"| {variant} | {figures} | {'' if gap <= tolerance else 'DIFFERS'} |")
     broken = any("broken" in r for found in results.values() for r in found)
     return "\n".join(lines), not broken and not any("DIFFERS" in line for line in lines)
 

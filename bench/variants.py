@@ -235,9 +235,8 @@ def trl(task: Task, rows: list[Example], meter: Meter, padding_free: bool = Fals
             **trainer_settings(task, folder), padding_free=padding_free, max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
         )
-        trainer = metered(SFTTrainer, meter)(
-            model=load_rival(task), args=settings, train_dataset=table, peft_config=None if task.method == "full" else lora_config()
-        )
+        adapter = None if task.method == "full" else lora_config()
+        trainer = metered(SFTTrainer, meter)(model=load_rival(task), args=settings, train_dataset=table, peft_config=adapter)
         seed_adapters(trainer.model)  # and fp32 again: TRL casts an 8-bit base's adapter to bf16
         trainer.train()
 

@@ -64,8 +64,8 @@ def write_model(folder: Path, size: Size, pictures: bool) -> None:
         "num_attention_heads": size.heads, "num_key_value_heads": size.key_value_heads,
     }
     if pictures:
-        head_size = size.hidden // size.heads
-        config["rope_scaling"] = {"type": "mrope", "mrope_section": [head_size // 2 - 2 * (head_size * 3 // 16)] + [head_size * 3 // 16] * 2}
+        eighth = size.hidden // size.heads // 16  # of the rotary pairs: two for time, three each for height and width
+        config["rope_scaling"] = {"type": "mrope", "mrope_section": [2 * eighth, 3 * eighth, 3 * eighth]}
         config["vision_config"] |= {
             "hidden_size": size.vision_hidden, "intermediate_size": 2 * size.vision_hidden, "depth": size.vision_layers,
             "num_heads": size.vision_hidden // 32, "out_hidden_size": size.hidden,

@@ -6,6 +6,8 @@ it may follow the memory. Nothing is random but the order: a run continues exact
 number of worker processes.
 """
 
+import resource
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,10 +32,10 @@ class Packed:
     ids: list[str]
 
     def to(self, device: torch.device | str) -> "Packed":
-        """The same row on a device; copies overlap with the computation where memory is pinned."""
+        """The same row on a device."""
 
         def move(tensor):
-            return tensor if tensor is None else tensor.to(device, non_blocking=True)
+            return tensor if tensor is None else tensor.to(device)
 
         pixels = [{name: move(tensor) for name, tensor in p.items()} for p in self.pixels]
         return replace(
@@ -122,19 +124,36 @@ class Batches:
             yield order[inside * self.step_rows : (inside + 1) * self.step_rows]
 
     def steps(self, start: int, stop: int) -> Iterator[list[Any]]:
-        """The examples of steps start .. stop - 1, read ahead by the workers."""
+        """The examples of steps start .. stop - 1, read ahead by the workers. UserError where one of them dies."""
         from torch.utils.data import DataLoader
 
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # each tensor on its way from a worker is an open file
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         loader = DataLoader(
             self.dataset,
             batch_sampler=self.rows(start, stop),
             collate_fn=list,
             num_workers=self.num_workers,
             multiprocessing_context="fork" if self.num_workers else None,  # the default changes with Python 3.14
-            prefetch_factor=4 if self.num_workers else None,
+            prefetch_factor=1 if self.num_workers else None,  # a step is many rows: one ahead a worker is enough
+            worker_init_fn=leave_signals_to_the_run,
             generator=torch.Generator(),  # the loader draws a seed for its workers: not from the run's random state
         )
-        return iter(loader)
+        examples = iter(loader)
+        # torch's handler raises at once, in the middle of an update too; the wait for a batch finds a dead worker as well
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            yield from examples
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise UserError("a data worker was ended from outside, perhaps for want of memory; lower --num_workers") from None
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """A signal to the whole process group must not take the workers before the run has finished its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Encoded:
@@ -153,7 +172,10 @@ class Encoded:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Example | UserError:
+        record = None
         try:
-            return self.encode(self.records[self.indices[index]])
+            record = self.records[self.indices[index]]
+            return self.encode(record)
         except UserError as error:
+            error.where, error.id = (record.where, record.id) if record else (str(error).split(" ")[0],) * 2
             return error

@@ -9,56 +9,65 @@ A row is one screen with several questions, in the `messages` dialect; boxes are
 import json
 import random
 import re
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE = 224                                        # pixels of a screen, both ways
-CELL = 56                                         # pixels; one merged vision token of the built-in base is CELL x CELL
+SIDE = 224  # pixels of a screen, both ways
+CELL = 56  # pixels; one merged vision token of the built-in base is CELL x CELL
 BUTTON_WIDTH, BUTTON_HEIGHT = 52, 24
 FONT_SIZE = 13
-KNOWN_WORDS = ("Save Open Close Print Copy Paste Undo Redo Send Reply Search Help Next Back Start Stop "
-               "Login Share Edit View").split()
-OTHER_WORDS = "Buy Cart Play Pause Zoom Sort Map Mail Call Photo Music Games".split()
-FIELD_WORDS = "Anna Berlin Friday report empty draft hello 2026".split()
-TITLES = "Files Editor Shop Player Settings Inbox".split()
-COLOURS = [(178, 34, 34), (34, 110, 50), (30, 70, 170), (120, 40, 140), (150, 90, 20), (20, 110, 120), (60, 60, 70),
-           (170, 40, 100)]
+BUTTON_WORDS = tuple(("Save Open Close Print Copy Paste Undo Redo Send Reply Search Help Next Back Start Stop Login "
+                      "Share Edit View").split())
+FIELD_WORDS = tuple(("Buy Cart Play Pause Zoom Sort Map Mail Call Photo Music Games Anna Berlin Friday report empty "
+                     "draft hello 2026").split())
+TITLES = tuple("Files Editor Shop Player Settings Inbox".split())
+COLOURS = ((178, 34, 34), (34, 110, 50), (30, 70, 170), (120, 40, 140), (150, 90, 20), (20, 110, 120), (60, 60, 70),
+           (170, 40, 100))
 
 Box = tuple[int, int, int, int]
+Corner = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of screen: its words, the corners (x, y) where a button's cell may start, how many buttons and fields."""
-    words: list[str]
-    corners: list[tuple[int, int]]
-    num_buttons: tuple[int, int]
+    """One kind of screen, and what is asked about it."""
+
+    words: tuple[str, ...]
+    corners: tuple[Corner, ...]  # where the cell of a button may start
+    num_buttons: tuple[int, int]  # from, to
     num_fields: tuple[int, int] = (0, 1)
-    side: int = SIDE                              # pixels; the pictures of lessons are pieces of a screen, without a window
-    num_questions: int = 2                        # at most so many a screen
-    reading: float = 0.3                          # the share of buttons whose text is asked for instead of their place
+    field_words: tuple[str, ...] = FIELD_WORDS
+    field_corners: tuple[Corner, ...] = ()  # besides `corners`
+    side: int = SIDE  # pixels; the pictures of lessons are pieces of a screen, without a window
+    num_questions: int = 2  # at most so many a screen
+    reading: float = 0.3  # share of the buttons whose text is asked for instead of their place
 
 
 @dataclass(frozen=True)
 class Screen:
     """A picture, and what stands where on it: (text, box) of every button and of every text field."""
+
     picture: Image.Image
     buttons: list[tuple[str, Box]]
     fields: list[tuple[str, Box]]
 
 
-COARSE = [(x, y) for y in range(CELL, SIDE, CELL) for x in range(0, SIDE, CELL)]
-FINE = [(x, y) for y in range(CELL // 2, SIDE, CELL // 2) for x in range(0, SIDE - CELL // 2, CELL // 2)]
-BASE = Task(KNOWN_WORDS, COARSE, num_buttons=(2, 5))
+COARSE = tuple((x, y) for y in range(CELL, SIDE, CELL) for x in range(0, SIDE, CELL))
+BETWEEN = tuple((x, y + CELL // 2) for y in range(0, SIDE, CELL) for x in range(0, SIDE, CELL))
+LESSON = Task(BUTTON_WORDS, COARSE, num_buttons=(2, 5))
 TASKS = {
-    # the lessons that lead to the base, in order: one cell to read, four cells, twelve of a whole screen
-    "cell": replace(BASE, corners=[(0, 0)], num_buttons=(1, 1), num_fields=(0, 0), side=CELL, reading=1.0),
-    "piece": replace(BASE, corners=[(0, 0), (CELL, 0), (0, CELL), (CELL, CELL)], num_buttons=(2, 3),
-                     side=2 * CELL, num_questions=1),
-    "base": BASE,
-    "new": Task(OTHER_WORDS, [corner for corner in FINE if corner not in COARSE], num_buttons=(2, 4)),
+    # the lessons of the base, in order: one cell to read, four cells, a screen, a screen with any text in any row
+    "cell": replace(LESSON, corners=((0, 0),), num_buttons=(1, 1), num_fields=(0, 0), side=CELL, reading=1.0),
+    "piece": replace(LESSON, corners=((0, 0), (CELL, 0), (0, CELL), (CELL, CELL)), num_buttons=(2, 3), side=2 * CELL,
+                     num_questions=1),
+    "screen": LESSON,
+    "base": replace(LESSON, num_fields=(1, 2), field_words=BUTTON_WORDS + FIELD_WORDS,
+                    field_corners=BETWEEN, num_questions=3),
+    # what the base cannot do: find a button in the rows between, where it has only read text fields
+    "new": Task(BUTTON_WORDS, BETWEEN, num_buttons=(2, 4)),
 }
 
 
@@ -73,14 +82,16 @@ def draw_screen(task: Task, source: random.Random) -> Screen:
         draw.rectangle((3, 4, SIDE - 4, 22), fill=bar)
         draw.text((10, 13), source.choice(TITLES), fill="white", font=font, anchor="lm")
     num_buttons, num_fields = source.randint(*task.num_buttons), source.randint(*task.num_fields)
-    corners = choose_corners(task.corners, num_buttons + num_fields, source)
+    taken = choose_corners(task.corners, num_buttons, [], source)
     buttons, fields = [], []
-    for text, corner in zip(source.sample(task.words, num_buttons), corners):
+    for text, corner in zip(source.sample(task.words, num_buttons), taken, strict=True):
         box = box_at(corner)
         draw.rounded_rectangle(box, radius=4, fill=source.choice(COLOURS))
         draw.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), text, fill="white", font=font, anchor="mm")
         buttons.append((text, box))
-    for text, corner in zip(source.sample(FIELD_WORDS, num_fields), corners[num_buttons:]):
+    unused = [word for word in task.field_words if word not in dict(buttons)]
+    free = choose_corners(task.corners + task.field_corners, num_fields, taken, source)
+    for text, corner in zip(source.sample(unused, num_fields), free, strict=True):
         box = box_at(corner)
         draw.rectangle(box, fill="white", outline=(90, 90, 90))
         draw.text((box[0] + 4, (box[1] + box[3]) / 2), text, fill="black", font=font, anchor="lm")
@@ -97,13 +108,13 @@ def draw_wallpaper(side: int, source: random.Random) -> Image.Image:
     return Image.merge("RGB", (right, Image.new("L", (side, side), low[1] + 40), down))
 
 
-def choose_corners(corners: list[tuple[int, int]], count: int, source: random.Random) -> list[tuple[int, int]]:
-    """Up to `count` corners whose cells do not overlap, in random order."""
-    chosen: list[tuple[int, int]] = []
+def choose_corners(corners: tuple[Corner, ...], count: int, taken: list[Corner], source: random.Random) -> list[Corner]:
+    """`count` corners in random order whose cells overlap neither each other nor those that are taken."""
+    chosen: list[Corner] = []
     for x, y in source.sample(corners, len(corners)):
-        if all(abs(x - other_x) >= CELL or abs(y - other_y) >= CELL // 2 for other_x, other_y in chosen):
+        if len(chosen) < count and all(abs(x - a) >= CELL or abs(y - b) >= CELL // 2 for a, b in taken + chosen):
             chosen.append((x, y))
-    return chosen[:count]
+    return chosen
 
 
 def box_at(corner: tuple[int, int]) -> Box:
@@ -132,35 +143,40 @@ def answer_where(word: str, box: Box) -> str:
 
 def questions(screen: Screen, task: Task, source: random.Random) -> list[tuple[str, str]]:
     """(question, answer) pairs in random order. Each button is either asked for by its name or has its text asked for,
-    never both, so that no answer gives another one away; of a text field the text is asked for."""
-    asked = [(ask_text(box), word) if source.random() < task.reading else (ask_where(word), answer_where(word, box))
-             for word, box in screen.buttons]
-    asked += [(ask_text(box), text) for text, box in screen.fields]
+    never both, so that no answer gives another one away. So is a text field where a button might stand; of a field
+    anywhere else the text is asked for."""
+    asked = []
+    for text, box in screen.buttons + screen.fields:
+        is_placed = (box[0] - 2, box[1] - 2) in task.corners
+        if is_placed and source.random() >= task.reading:
+            asked.append((ask_where(text), answer_where(text, box)))
+        else:
+            asked.append((ask_text(box), text))
     return source.sample(asked, min(task.num_questions, len(asked)))
 
 
-def make_rows(folder: str | Path, task: str, count: int, seed: int = 0, split: str = "train") -> Path:
-    """Draw `count` screens of a task into `folder` and return its rows.jsonl (pictures beside it, in images/).
+def make_rows(folder: str | Path, task: str, count: int, seed: int = 0, split: str = "train", name: str = "rows") -> Path:
+    """Draw `count` screens of a task into `folder`/images, append their rows to `folder`/`name`.jsonl and return its path.
 
-    The split "train" has all questions of a screen in one row; "held_out" has other screens, with the one question
+    The split "train" has several questions of a screen in one row; "held_out" has other screens, with the one question
     where a button is, as a user would ask it.
     """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    path = folder / "rows.jsonl"
-    with path.open("w", encoding="utf-8") as file:
+    path = folder / f"{name}.jsonl"
+    with path.open("a", encoding="utf-8") as file:
         for number in range(1, count + 1):
             source = random.Random(f"{task} {split} {seed} {number}")
             screen = draw_screen(TASKS[task], source)
-            image = f"images/{number:05d}.png"
-            screen.picture.save(folder / image)
             if split == "train":
                 asked = questions(screen, TASKS[task], source)
             else:
                 word, box = screen.buttons[0]
                 asked = [(ask_where(word), answer_where(word, box))]
-            row = {"id": f"{task}-{split}-{seed}-{number:05d}", "messages": messages_of(image, asked)}
-            file.write(json.dumps(row) + "\n")
+            identity = f"{task}-{split}-{seed}-{number:05d}"
+            image = f"images/{identity}.png"
+            screen.picture.save(folder / image)
+            file.write(json.dumps({"id": identity, "messages": messages_of(image, asked)}) + "\n")
     return path
 
 
@@ -188,15 +204,6 @@ def hits(response: str, label: str) -> bool:
         return False
     x, y = (answer[0] + answer[2]) / 2, (answer[1] + answer[3]) / 2
     return truth[0] <= x <= truth[2] and truth[1] <= y <= truth[3]
-
-
-def draw_box(picture: Image.Image, box: Box, colour: str = "red") -> Image.Image:
-    """A copy of the picture with the box drawn on it."""
-    copy = picture.convert("RGB")
-    left, top, right, bottom = box
-    ImageDraw.Draw(copy).rectangle((min(left, right), min(top, bottom), max(left, right), max(top, bottom)),
-                                   outline=colour, width=2)
-    return copy
 
 
 # --- what the built-in base needs beside its weights ---
@@ -277,15 +284,25 @@ def make_tokenizer(folder: str | Path, num_entries: int = 448) -> None:
 def tokenizer_text() -> list[str]:
     """Sentences from which the tokenizer learns its merges: roles, questions, and every word several times."""
     lines = ["user\nassistant\nsystem\n", ask_text((0, 0, 0, 0))] * 50
-    for word in KNOWN_WORDS + OTHER_WORDS + FIELD_WORDS:
+    for word in BUTTON_WORDS + FIELD_WORDS:
         lines += [ask_where(word), word] * 20
     return lines
 
 
 # ---- the demo as a run ----------------------------------------------------------------------------------------------------
 
-SETTINGS: dict = {}  # settings of `python train.py` without arguments, over Config's defaults
+SETTINGS = {  # of `python train.py` without arguments, over Config's defaults
+    "base_model": str(Path(__file__).parent / "demo_base"), "output_dir": "checkpoints/demo", "use_lora": True,
+    "lora_parts": ["language", "projector", "vision"], "max_steps": 200, "eval_every": "no", "save_every": "no",
+    "predict_with_generate": True, "eval_task": "demo", "max_new_tokens": 24}
 
 
 def prepare(config) -> None:
-    """Write the rows of the demo below its output folder."""
+    """Write the rows of the demo below its output folder: 600 of the new task with 200 of the old one among them, which
+    keep the model from forgetting it, and 200 unseen screens of each to answer before and after."""
+    folder = Path(config.output_dir) / "rows"
+    shutil.rmtree(folder, ignore_errors=True)
+    config.data_path = str(make_rows(folder, "new", 600, config.seed, name="train"))
+    make_rows(folder, "base", 200, config.seed, name="train")
+    held_out = [make_rows(folder, task, 200, config.seed, "held_out", name) for task, name in (("new", "demo"), ("base", "old"))]
+    config.eval_path = ",".join(map(str, held_out))

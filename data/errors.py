@@ -1,11 +1,17 @@
 """The one error that a user meets: a sentence that says what was found, where, and what to do.
 
 Every command ends in command(): a UserError becomes that sentence on stderr and exit code 2, without a
-traceback; anything else is our own bug and keeps its traceback.
+traceback, and so does what a disk refuses at whichever file; anything else is our own bug and keeps its traceback.
 """
 
+import errno
 import sys
 from collections.abc import Callable
+
+REFUSED_BY_DISK = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
+    errno.EEXIST, errno.ENAMETOOLONG,
+}
 
 
 class UserError(Exception):
@@ -13,9 +19,14 @@ class UserError(Exception):
 
 
 def command(main: Callable[[], int | None]) -> None:
-    """Run main() as a command: exit with its code (None is 0), or with 2 and one sentence for a UserError."""
+    """Run main() as a command: exit with its code (None is 0), or with 2 and one sentence for a UserError or a disk."""
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sentence = str(error)
+    except OSError as error:
+        if error.errno not in REFUSED_BY_DISK:
+            raise
+        sentence = f"{error.filename or 'writing a file'}: {error.strerror}; make room or give the right to it, or name another"
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -95,8 +95,8 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
         return image.size
 
 
-def open_image(source: str | os.PathLike | Image.Image) -> Image.Image:
-    """A path or a PIL picture as RGB: the first frame, its pixels as stored, transparency laid over white.
+def open_image(source: str | os.PathLike | Image.Image, over_white: bool = True) -> Image.Image:
+    """A path or a PIL picture as RGB: the first frame, its pixels as stored, transparency laid over white or dropped.
 
     UserError (naming the file) if it is missing, too large, of another format, damaged or cut short.
     """
@@ -105,18 +105,19 @@ def open_image(source: str | os.PathLike | Image.Image) -> Image.Image:
         with _open_header(source) as image:
             try:
                 image.load()
-                return _to_rgb(image)
+                return _to_rgb(image, over_white)
             except Exception as error:
                 raise UserError(f"{name} is damaged or cut short: {error}") from None
     _check_pixels(source, name)
-    return _to_rgb(source)
+    return _to_rgb(source, over_white)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB. White below transparency: as transformers 5 and qwen_vl_utils have it for Qwen."""
+def _to_rgb(image: Image.Image, over_white: bool) -> Image.Image:
+    """Any mode as RGB. White below transparency is what transformers 5 and qwen_vl_utils do for Qwen; the code of
+    MiniCPM-V, CogAgent and Phi-3 takes the stored colours and forgets the transparency."""
     if image.mode.startswith("I"):  # 16-bit grey: the high byte, where convert() would clip all but black to white
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if image.has_transparency_data:
+    if over_white and image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")

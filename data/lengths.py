@@ -5,8 +5,10 @@ without being tokenized; only the others are rendered and counted. A row is neve
 with the numbers that would admit it.
 """
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from heapq import nlargest
 
 from data.errors import UserError
 from data.records import Record, Records
@@ -21,16 +23,26 @@ Count = Callable[[Record], tuple[int, int]]  # record -> (text, picture) positio
 class Lengths:
     """Rows by number: `kept` fit, `longest_rows` are the longest of them (the first has `longest` positions).
 
-    bad: refused rows in the form of bad_rows.jsonl. longest_refused: positions of the longest of them. picture_room: the
-    fewest positions that a refused row has left for each of its pictures.
+    bad: rows that are too long, in the form of bad_rows.jsonl. unusable: rows that the model cannot take at any length.
+    limit_flag: the setting that refuses the bad ones, longest_refused: what it would have to be to admit them.
+    picture_room: the fewest positions that a refused row has left for each of its pictures.
     """
 
     kept: list[int] = field(default_factory=list)
+    estimates: array = field(default_factory=lambda: array("d"))  # positions of each row, kept or not, roughly
     longest: int = 0
     longest_rows: list[int] = field(default_factory=list)
     bad: list[dict] = field(default_factory=list)
+    unusable: list[dict] = field(default_factory=list)
+    limit_flag: str = "--max_length"
     longest_refused: int = 0
     picture_room: float = float("inf")
+
+    @property
+    def mean(self) -> float:
+        """Positions of an average kept row: its estimate, corrected by what the longest rows turned out to be."""
+        estimated = [self.estimates[index] for index in self.kept]
+        return sum(estimated) / len(estimated) * self.longest / self.estimates[self.longest_rows[0]]
 
 
 def measure(
@@ -38,38 +50,61 @@ def measure(
 ) -> Lengths:
     """Count the rows that may exceed `limit` positions (or `text_limit` of text), and the longest of the rest.
 
-    picture_positions(width, height) is the family's. Raises UserError for a row that cannot be rendered.
+    picture_positions(width, height) is the family's. A UserError of one of the two makes its row an unusable one.
     """
-    pictures = [sum(picture_positions(w, h) for w, h in sizes) for sizes in records.image_sizes]
-    found = Lengths()
+    found = Lengths(limit_flag="--max_length" if text_limit is None else "--max_text_length")
     for index, text_bytes in enumerate(records.text_bytes):
-        most_text = text_bytes + TEMPLATE_BYTES
-        if (limit is None or most_text + pictures[index] <= limit) and (text_limit is None or most_text <= text_limit):
-            found.kept.append(index)
+        found.estimates.append(0)
+        try:
+            num_pictures = sum(picture_positions(*size) for size in records.image_sizes[index])
+            found.estimates[index] = text_bytes / 3 + num_pictures
+            most_text = text_bytes + TEMPLATE_BYTES
+            fits = limit is None or most_text + num_pictures <= limit
+            if not fits or (text_limit is not None and most_text > text_limit):
+                record = records[index]
+                if refused := refuse_long(found, record, *count(record), limit, text_limit):
+                    found.bad.append(refused)
+                    continue
+        except UserError as error:
+            found.unusable.append(entry(records[index], str(error)))
             continue
-        record = records[index]
-        num_text, num_pictures = counted(count, record)
-        problem = refuse(num_text, num_pictures, limit, text_limit)
-        if problem is None:
-            found.kept.append(index)
-            continue
-        found.bad.append({"where": record.where, "id": record.id, "problem": problem})
-        found.longest_refused = max(found.longest_refused, num_text + num_pictures)
-        if limit is not None and record.image_sizes:
-            found.picture_room = min(found.picture_room, (limit - num_text) / len(record.image_sizes))
-    by_estimate = sorted(found.kept, key=lambda i: records.text_bytes[i] / 3 + pictures[i], reverse=True)[:NUM_LONGEST]
-    exact = {index: sum(counted(count, records[index])) for index in by_estimate}
-    found.longest_rows = sorted(exact, key=exact.get, reverse=True)
-    found.longest = max(exact.values(), default=0)
+        found.kept.append(index)
+    find_longest(found, records, count)
     return found
 
 
-def counted(count: Count, record: Record) -> tuple[int, int]:
-    """count(record), with the row's place in front of whatever is wrong with it."""
-    try:
-        return count(record)
-    except UserError as error:
-        raise UserError(f"{record.where}: {error}") from None
+def refuse_long(
+    found: Lengths, record: Record, num_text: int, num_pictures: int, limit: int | None, text_limit: int | None
+) -> dict | None:
+    """The entry of a row that is too long, None for one that is not; notes in `found` what would admit it."""
+    problem = refuse(num_text, num_pictures, limit, text_limit)
+    if problem is None:
+        return None
+    counted = num_text + num_pictures if text_limit is None else num_text
+    found.longest_refused = max(found.longest_refused, counted)
+    if limit is not None and record.image_sizes:
+        found.picture_room = min(found.picture_room, (limit - num_text) / len(record.image_sizes))
+    return entry(record, problem)
+
+
+def find_longest(found: Lengths, records: Records, count: Count) -> None:
+    """Count the kept rows with the largest estimates exactly; those that turn out unusable leave `kept`."""
+    exact = {}
+    for index in nlargest(NUM_LONGEST, found.kept, key=found.estimates.__getitem__):
+        record = records[index]
+        try:
+            exact[index] = sum(count(record))
+        except UserError as error:
+            found.unusable.append(entry(record, str(error)))
+            exact[index] = 0
+    found.kept = [index for index in found.kept if exact.get(index) != 0]
+    found.longest_rows = sorted(filter(exact.get, exact), key=exact.get, reverse=True)
+    found.longest = max(exact.values(), default=0)
+
+
+def entry(record: Record, problem: str) -> dict:
+    """A line of bad_rows.jsonl."""
+    return {"where": record.where, "id": record.id, "problem": problem}
 
 
 def refuse(num_text: int, num_pictures: int, limit: int | None, text_limit: int | None) -> str | None:
@@ -84,7 +119,7 @@ def refuse(num_text: int, num_pictures: int, limit: int | None, text_limit: int 
 def remedy(lengths: Lengths, num_rows: int, pixels_per_position: float | None) -> str:
     """One sentence for rows that are too long: how many, the first, and the settings that would admit them all."""
     first = lengths.bad[0]
-    ways = [f"--max_length {lengths.longest_refused} admits all (rows are never cut)", "--on_bad_row skip leaves them out"]
+    ways = [f"{lengths.limit_flag} {lengths.longest_refused} admits all (rows are never cut)", "--on_bad_row skip leaves them out"]
     if pixels_per_position and 4 <= lengths.picture_room < float("inf"):
         ways.insert(1, f"--max_pixels {int(lengths.picture_room * pixels_per_position)} shrinks their pictures until they fit")
     return (

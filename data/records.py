@@ -36,7 +36,7 @@ def _split_lines(path: Path) -> Iterator[tuple[int, int, int, bytes]]:
 def _split_array(text: str, name: str) -> Iterator[tuple[int, int, int, bytes]]:
     """(element number from 1, character offset, size, element) of a json array held as text."""
     skip_blank, scan = re.compile(r"[ \t\r\n]*").match, json.JSONDecoder().raw_decode
-    position, number, problem = skip_blank(text, text.index("[") + 1).end(), 0, "the array is cut short"
+    position, number, problem = skip_blank(text, text.index("[") + 1).end(), 0, None
     while text[position : position + 1] not in ("]", ""):
         number += 1
         try:
@@ -51,7 +51,11 @@ def _split_array(text: str, name: str) -> Iterator[tuple[int, int, int, bytes]]:
         elif text[position : position + 1] not in ("]", ""):
             problem = "a comma is missing"
             break
-    if text[position : position + 1] != "]":
+    if problem is None and text[position : position + 1] != "]":
+        problem = "the array is cut short"
+    elif problem is None and text[position + 1 :].strip():
+        problem = "more follows the end of the array"
+    if problem:
         line = text.count("\n", 0, position) + 1
         raise UserError(f"{name}:{number} is not valid JSON ({problem}; line {line} of the file); correct it, or save "
                         "one row a line as .jsonl, where one bad row does not hide the rest")

@@ -6,22 +6,22 @@ never replaced by another. Held-out rows are drawn by the seed alone.
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.batches import epoch_order
 from data.errors import UserError
-from data.lengths import Lengths, measure, remedy
+from data.lengths import Lengths, find_longest, measure, remedy
 from data.records import Record, Records, open_records
 
 
 @dataclass
 class Rows:
-    """`train` and the numbers of its rows that are trained on; each evaluation set's rows by its name."""
+    """`train` and the rows of it that are trained on (lengths.kept); each evaluation set's rows by its name."""
 
     train: Records
-    train_rows: list[int]
     lengths: Lengths
     bad_path: Path
     on_bad_row: str
@@ -36,17 +36,10 @@ class Rows:
         dialects = ", ".join(f"{count} {name}" for name, count in self.train.dialects.items())
         notes = "".join(f"; {count} x {note}" for note, count in self.train.notes.items())
         held = "".join(f", {len(rows)} in {name}" for name, (_, rows) in self.eval_sets.items())
-        total = len(self.train) + len(self.train.bad)
+        total = sum(file["rows"] for file in self.files)
         skipped = f"skipped {len(self.bad)} of {total} rows\n" if self.bad else ""
-        rows = f"{len(self.train_rows)} rows to train on ({dialects}{notes}){held}"
+        rows = f"{len(self.lengths.kept)} rows to train on ({dialects}{notes}){held}"
         return f"{skipped}{rows}, the longest {self.lengths.longest} positions"
-
-    @property
-    def mean_length(self) -> float:
-        """Positions of an average row, estimated from its bytes and the longest rows counted exactly."""
-        sizes = [self.train.text_bytes[i] for i in self.train_rows]
-        longest = self.lengths.longest_rows[0]
-        return self.lengths.longest * (sum(sizes) / len(sizes)) / max(1, self.train.text_bytes[longest])
 
     @property
     def sha256(self) -> str:
@@ -58,10 +51,10 @@ class Rows:
         rows are to be skipped; then they are counted and written down."""
         bad = [e for e in examples if isinstance(e, UserError)]
         if bad and self.on_bad_row == "stop":
-            raise bad[0]
+            raise UserError(f"{bad[0]}; correct it and start again, or go on without it: --on_bad_row skip --resume yes")
         for error in bad:
-            where, _, problem = str(error).partition(": ")
-            self.refuse([{"where": where, "id": where, "problem": problem}])
+            print(f"skipped {error}")
+            self.refuse([{"where": error.where, "id": error.id, "problem": str(error).removeprefix(f"{error.where}: ")}])
         return [e for e in examples if not isinstance(e, UserError)]
 
     def refuse(self, bad: list[dict]) -> None:
@@ -74,65 +67,76 @@ class Rows:
         self.bad_path.write_text("".join(json.dumps(row) + "\n" for row in self.bad), encoding="utf-8")
 
 
-def open_rows(config: Any, family: Any, folder: Path) -> Rows:
+def open_rows(config: Any, family: Any, folder: Path, resumed: bool = False) -> Rows:
     """Open config.data_path (and eval_path, several separated by commas, or eval_split rows of the same file).
 
     Raises UserError for rows that cannot be used, unless on_bad_row is "skip"; bad_rows.jsonl in `folder` lists all.
+    A resumed run keeps those that it had found.
     """
     bad_path = folder / "bad_rows.jsonl"
-    bad_path.unlink(missing_ok=True)
+    if not resumed:
+        bad_path.unlink(missing_ok=True)
     rows = None
     eval_paths = config.eval_path.split(",") if config.eval_path else []
-    for path in [config.data_path, *eval_paths, *([config.test_path] if config.test_path else [])]:
+    test_paths = [config.test_path] if config.test_path else []
+    kinds = ["train"] + ["eval"] * len(eval_paths) + ["test"] * len(test_paths)
+    for kind, path in zip(kinds, [config.data_path, *eval_paths, *test_paths], strict=True):
         records = open_records(path, config.image_root, config.allow_outside_images, "skip")
         lengths = measure_rows(records, config, family)
-        rows = rows or Rows(records, lengths.kept, lengths, bad_path, config.on_bad_row)
+        if rows is None:
+            rows = Rows(records, lengths, bad_path, config.on_bad_row)
+            if bad_path.exists():
+                rows.bad = [json.loads(line) for line in bad_path.read_text(encoding="utf-8").splitlines()]
         refuse_rows(rows, records, lengths, config, family)
-        if path == config.test_path:
+        if kind == "test":
             rows.test_set = records, lengths.kept
-        elif records is not rows.train:
+        elif kind == "eval":
             rows.eval_sets[unique_name(Path(path).stem, rows.eval_sets)] = records, lengths.kept
         rows.files.append({"file": str(path), "rows": len(records) + len(records.bad), "sha256": sha256_of(Path(path))})
     if config.eval_split:
-        hold_out(rows, config.eval_split, config.seed)
+        hold_out(rows, config.eval_split, config.seed, family)
     return rows
+
+
+def counter(family: Any) -> Callable[[Record], tuple[int, int]]:
+    """A record's (text, picture) positions, as this family counts them."""
+    return lambda record: family.count(record.messages, record.tools, record.image_sizes)
 
 
 def measure_rows(records: Records, config: Any, family: Any) -> Lengths:
     """Lengths of a file's rows under this run's limits."""
-
-    def count(record: Record) -> tuple[int, int]:
-        return family.count(record.messages, record.tools, record.image_sizes)
-
     limit = None if config.max_length == "auto" else config.max_length
-    return measure(records, count, family.picture_positions, limit, config.max_text_length)
+    return measure(records, counter(family), family.picture_positions, limit, config.max_text_length)
 
 
 def refuse_rows(rows: Rows, records: Records, lengths: Lengths, config: Any, family: Any) -> None:
     """Account for a file's bad rows; with on_bad_row stop, or where none is left, they end the run in one sentence."""
-    rows.refuse(records.bad + lengths.bad)
+    rows.refuse(records.bad + lengths.unusable + lengths.bad)
     total = len(records) + len(records.bad)
     stop = config.on_bad_row == "stop" or not lengths.kept
     if stop and records.bad:
         hint = "correct them, or pass --on_bad_row skip" if lengths.kept else "correct them"
         raise UserError(f"{records.path}: {records.refusal()}; all are in {rows.bad_path}; {hint}")
+    if stop and lengths.unusable:
+        first = lengths.unusable[0]
+        raise UserError(
+            f"{records.path}: {len(lengths.unusable)} of {total} rows cannot be used; the first is {first['where']}: "
+            f"{first['problem']}; all are in {rows.bad_path}"
+        )
     if stop and lengths.bad:
         raise UserError(f"{records.path}: {remedy(lengths, total, family.pixels_per_position)}; all are in {rows.bad_path}")
 
 
-def hold_out(rows: Rows, amount: float, seed: int) -> None:
+def hold_out(rows: Rows, amount: float, seed: int, family: Any) -> None:
     """Move rows from training to an evaluation set: a share below 1, or a number; drawn by the seed alone."""
-    count = round(amount * len(rows.train_rows)) if amount < 1 else int(amount)
-    if not 0 < count < len(rows.train_rows):
-        raise UserError(
-            f"--eval_split {amount:g} holds out {count} of {len(rows.train_rows)} rows; at least one must stay on each side"
-        )
-    order = epoch_order(len(rows.train_rows), seed, epoch=-1)
-    held = sorted(rows.train_rows[i] for i in order[:count])
-    rows.eval_sets["held_out"] = rows.train, held
-    rows.train_rows = sorted(set(rows.train_rows) - set(held))
-    left = set(rows.train_rows)
-    rows.lengths.longest_rows = [i for i in rows.lengths.longest_rows if i in left] or rows.train_rows[:1]
+    kept = rows.lengths.kept
+    count = round(amount * len(kept)) if amount < 1 else int(amount)
+    if not 0 < count < len(kept):
+        raise UserError(f"--eval_split {amount:g} holds out {count} of {len(kept)} rows; at least one must stay on each side")
+    held = {kept[i] for i in epoch_order(len(kept), seed, epoch=-1)[:count]}
+    rows.eval_sets["held_out"] = rows.train, sorted(held)
+    rows.lengths.kept = [index for index in kept if index not in held]
+    find_longest(rows.lengths, rows.train, counter(family))
 
 
 def unique_name(stem: str, taken: dict) -> str:

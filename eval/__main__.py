@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError, command
+from training.options import Parser
 
 PROBLEMS_SHOWN = 3
 
@@ -27,10 +28,10 @@ def main() -> int | None:
     return score(score_parser().parse_args(arguments))
 
 
-def score_parser() -> argparse.ArgumentParser:
+def score_parser() -> Parser:
     """Flags of `python -m eval`."""
     tasks = ", ".join(sorted(path.stem for path in (Path(__file__).parent / "tasks").glob("[!_]*.py")))
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval", description="Score a model's answers to the rows of a file.",
         epilog="python -m eval ask --help: one question, or a dialogue.", allow_abbrev=False,
     )
@@ -47,9 +48,9 @@ def score_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def ask_parser() -> argparse.ArgumentParser:
+def ask_parser() -> Parser:
     """Flags of `python -m eval ask`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval ask", description="Ask a model one question, or talk with it.", allow_abbrev=False
     )
     add_model_flags(parser)
@@ -65,7 +66,7 @@ def ask_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: Parser) -> None:
     """What both commands say about the model; a default of None is what the run was trained with."""
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="model, merged, run or adapter folder, or a hub id")
@@ -132,7 +133,8 @@ def report(figures: dict[str, float], problems: list[dict[str, Any]]) -> None:
     for name, value in figures.items():
         print(f"{name:<{width}}  {value:>10.4f}" if isinstance(value, float) else f"{name:<{width}}  {value:>10,}")
     for line in problems[:PROBLEMS_SHOWN]:
-        print(f"{line['where']} ({line['id']}): {line['problem']}", file=sys.stderr)
+        row = line["where"] if line["id"] == line["where"] else f"{line['where']} ({line['id']})"
+        print(f"{row}: {line['problem']}", file=sys.stderr)
     if len(problems) > PROBLEMS_SHOWN:
         print(f"and {len(problems) - PROBLEMS_SHOWN} more rows with a problem", file=sys.stderr)
 

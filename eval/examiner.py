@@ -6,6 +6,7 @@ what the model could do already, and a run whose evaluation would crash crashes 
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 from data.images import open_image
 from data.rows import Rows
 from eval.boxes import parse_boxes
-from eval.evaluate import evaluate
+from eval.evaluate import Evaluation, evaluate
 from eval.tasks import Task, find_task
 from model.family import Model
-from training.journal import Journal
+from training.guards import is_out_of_memory
+from training.journal import Journal, check_logger, read_journal
 from training.report import Report, Sample, read_report, write_report
+from training.state import State
 
 NUM_SAMPLES = 6  # rows of each set on the report's page
 NOT_COMPARED = ("num_rows", "num_problems", "num_tokens")
@@ -26,10 +29,11 @@ NOT_COMPARED = ("num_rows", "num_problems", "num_tokens")
 class Examiner:
     """The evaluation sets of one run, what was found on them before, and the report."""
 
-    def __init__(self, config: Any, model: Model, rows: Rows, precision: Any, journal: Journal, micro_tokens: int, step: int):
-        """step is where the run stands: lines of outputs/ that a resumed run will write again are dropped."""
+    def __init__(self, config: Any, model: Model, rows: Rows, precision: Any, journal: Journal, state: State):
+        """state is where the run stands: lines of outputs/ that a resumed run will write again are dropped, and what was
+        found before the first step is read from the journal."""
         self.config, self.model, self.rows, self.precision = config, model, rows, precision
-        self.journal, self.micro_tokens = journal, micro_tokens
+        self.journal, self.state, step = journal, state, state.step
         self.folder = Path(config.output_dir)
         self.task: Task | None = find_task(config.eval_task) if config.predict_with_generate or rows.test_set else None
         self.figures: dict[str, dict[str, dict[str, float]]] = {}  # when -> set -> figure -> value
@@ -40,6 +44,10 @@ class Examiner:
             before = [line for line in kept if line.get("when") == "before"]
             self.lines.setdefault("before", {})[path.stem] = before
             path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+        for record in read_journal(journal.path):
+            if record.get("event") == "eval" and record["step"] == 0:
+                found = {key: value for key, value in record.items() if key not in ("event", "step", "set", "seconds")}
+                self.figures.setdefault("before", {})[record["set"]] = found
 
     def examine(self, step: int, when: str) -> None:
         """Evaluate every set; when is "before", "during" or "after". The test set is answered once, after."""
@@ -55,25 +63,39 @@ class Examiner:
         started = time.perf_counter()
         path = self.folder / "outputs" / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file, self.precision.autocast():
-            found = evaluate(
-                self.model, records, self.task if answers else None, max_new_tokens=self.config.max_new_tokens,
-                batch_tokens=self.micro_tokens, output=file, extra={"when": when, "step": step},
-            )
-        self.figures.setdefault(when, {})[name] = found.figures
+        found = self._evaluate(path, records, self.task if answers else None, {"when": when, "step": step})
+        shown = {"eval_loss" if key == "loss" else key: value for key, value in found.figures.items()}
+        self.figures.setdefault(when, {})[name] = shown
         self.lines.setdefault(when, {})[name] = found.lines
-        shown = {"eval_loss" if key == "loss" else key: value for key, value in found.figures.items() if key != "num_tokens"}
         self.journal.event("eval", step, set=name, seconds=time.perf_counter() - started, **shown)
-        print(f"{name} at step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
+        self.journal.say(f"{name} at step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
+
+    def _evaluate(self, path: Path, records: list, task: Task | None, extra: dict) -> Evaluation:
+        """evaluate(), once more with half the positions at once where the memory does not do: no run dies of this."""
+        batch_tokens = self.state.micro_tokens
+        start = path.stat().st_size if path.exists() else 0
+        while True:
+            try:
+                with open(path, "a", encoding="utf-8") as file, self.precision.autocast():
+                    return evaluate(
+                        self.model, records, task, max_new_tokens=self.config.max_new_tokens, batch_tokens=batch_tokens,
+                        output=file, extra=extra,
+                    )
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or batch_tokens < 2:
+                    raise
+            os.truncate(path, start)
+            batch_tokens //= 2
+            print(f"out of memory in evaluation: once more with {batch_tokens} positions at a time")
 
     def compare(self) -> None:
         """Write each figure's value before and after into the journal."""
         for name, after in self.figures.get("after", {}).items():
             before = self.figures.get("before", {}).get(name, {})
             for key in (key for key in after if key in before and key not in NOT_COMPARED):
-                unit, scale = ("", 1) if key == "loss" else ("%", 100)
+                unit, scale = ("", 1) if key == "eval_loss" else ("%", 100)
                 values = {"before": scale * before[key], "after": scale * after[key], "unit": unit}
-                self.journal.event("comparison", 0, name=f"{name}: {key.replace('_', ' ')}", **values)
+                self.journal.event("comparison", self.state.step, name=f"{name}: {key.replace('_', ' ')}", **values)
 
     def page(self) -> Report:
         """The report's content: what lies in the folder, and samples of the rows answered before and after."""
@@ -108,6 +130,12 @@ class Examiner:
             for when in ("before", "after"):
                 print(f"{when} {100 * self.figures[when]['demo']['correct']:.1f} %")
         print(f"report {path}")
+
+
+def check_names(config: Any) -> None:
+    """UserError for an eval_task or report_to that will not be found later, before anything is loaded."""
+    find_task(config.eval_task)
+    check_logger(config.report_to)
 
 
 def is_right(line: dict) -> bool | None:

@@ -26,10 +26,13 @@ def run_merge(flags: argparse.Namespace) -> None:
     """Merge, say what was done, compare where there are rows for it."""
     from pathlib import Path
 
+    from data.records import open_records
     from lora.merge import merge, write_record
     from model import resolve
 
     base, adapter, output = resolve(flags.base_model), Path(flags.adapter), Path(flags.output_dir)
+    if flags.data_path is not None:
+        open_records(flags.data_path, flags.image_root)  # a wrong path is said before the merge
     record = merge(base, adapter, output)
     entry = record["merged"][-1]
     print(f"merged {len(entry['tensors'])} tensors of {adapter} into {base}, scale {entry['scale']:g}: {output}")

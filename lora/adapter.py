@@ -47,9 +47,9 @@ class Settings:
         return cls(
             use_lora=config.use_lora, peft_type=config.peft_type, r=config.lora_r, alpha=config.lora_alpha,
             dropout=config.lora_dropout, targets=None if config.lora_targets == ["auto"] else config.lora_targets,
-            parts=config.lora_parts, use_rslora=config.use_rslora, use_dora=config.use_dora,
-            num_virtual_tokens=config.num_virtual_tokens, freeze_vision=config.freeze_vision,
-            freeze_projector=config.freeze_projector,
+            parts=None if config.lora_parts == ["auto"] else config.lora_parts,
+            use_rslora=config.use_rslora, use_dora=config.use_dora, num_virtual_tokens=config.num_virtual_tokens,
+            freeze_vision=config.freeze_vision, freeze_projector=config.freeze_projector,
         )
 
 

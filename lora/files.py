@@ -179,7 +179,7 @@ def check_config(path: Path, config: dict) -> None:
             )
     numbers = () if config["peft_type"] == "PREFIX_TUNING" else ("r", "lora_alpha")
     for key in numbers:
-        if isinstance(config.get(key), bool) or not isinstance(config.get(key), int | float) or config[key] <= 0:
+        if isinstance(config.get(key), bool) or not isinstance(config.get(key), int | float) or not 0 < config[key] < math.inf:
             raise UserError(f"{path}: {key} is {config.get(key)!r} where a positive number is expected")
 
 

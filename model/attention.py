@@ -35,8 +35,9 @@ def segment_attention(
     query to the last `window` keys, itself included. prefix is a (keys, values) pair of (Hkv, P, K) that every query
     of every segment sees first (prefix tuning). Returns (T, H, K).
     """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # fp32 masters under autocast: rotated queries come as fp32
     plain = window is None and prefix is None and dropout == 0.0
-    if plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_kernel() is not None:
+    if plain and query.dtype in (torch.bfloat16, torch.float16) and has_flash_attention(query.device):
         return varlen(query, key, value, lengths, causal, scale)
     runs = [(length, len(list(run))) for length, run in groupby(lengths)]
     pieces = (x.split([length * count for length, count in runs], dim=1) for x in (query, key, value))
@@ -65,6 +66,12 @@ def causal_mask(num_queries: int, num_keys: int, window: int | None, device: tor
     keys = torch.arange(num_keys, device=device)[None]  # (1, Lk)
     seen = keys <= place
     return seen & (keys > place - window) if window else seen
+
+
+@functools.cache
+def has_flash_attention(device: torch.device) -> bool:
+    """Whether this device and this torch run the varlen kernel: cards from Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and varlen_kernel() is not None
 
 
 @functools.cache

@@ -33,7 +33,8 @@ class _Checkpoint(torch.autograd.Function):
             torch.set_rng_state(ctx.random[0])
             if cuda:
                 torch.cuda.set_rng_state(ctx.random[1], ctx.device)
-            with torch.autocast(ctx.device.type, dtype=ctx.autocast, enabled=ctx.autocast is not None):
+            mixed = ctx.autocast is not None
+            with torch.autocast(ctx.device.type, dtype=ctx.autocast, enabled=mixed, cache_enabled=False):
                 y = ctx.function(x, *ctx.rest)
         torch.autograd.backward(y, grad)
         return None, None, None, x.grad, *(None for _ in ctx.rest)

@@ -18,7 +18,7 @@ from torch import nn
 from data.batches import Packed, pack_row
 from data.errors import UserError
 from data.labels import NO_LOSS, Example, PieceTokenizer, mask
-from model.files import read_json, read_tokenizer
+from model.files import check_ids, read_json, read_tokenizer
 
 
 @dataclass
@@ -205,6 +205,7 @@ class Family:
     ) -> Example:
         """An Example from finished ids: adds the picture spans and the positions."""
         ids, pixels = torch.as_tensor(input_ids, dtype=torch.long), pixels or {}
+        check_ids(ids, self.text_config["vocab_size"], self.folder)
         spans, place = [], 0
         for count in self.count_positions(pixels):
             start = place + int((ids[place:] == self.image_token_id).nonzero()[0])
@@ -214,6 +215,10 @@ class Family:
             input_ids=ids, labels=torch.as_tensor(labels, dtype=torch.long), pixels=pixels, image_spans=spans,
             positions=self.positions(ids, pixels),
         )
+
+    def original_logits(self, model: "Model", examples: list[Example]) -> list[torch.Tensor]:
+        """What Model.logits answers as_original_batch: each example alone, in a family whose rows are independent."""
+        return [model.logits([example])[0] for example in examples]
 
     def encode_prompt(self, messages: list[dict], tools: list | None = None) -> Example:
         """What generation feeds: the ids that encode puts before the last answer (a last assistant turn is left out).
@@ -269,7 +274,7 @@ class Model(nn.Module):
         whose rows are independent it is each example alone.
         """
         if as_original_batch:
-            return [self.logits([example])[0] for example in examples]
+            return self.family.original_logits(self, examples)
         packed = pack_row(examples).to(self.device)
         logits = torch.nn.functional.linear(self.hidden(packed), self.head_weight).float()  # (T, V)
         return list(logits.split(packed.lengths))

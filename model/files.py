@@ -2,8 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def read_json(path: Path) -> dict:
@@ -28,10 +32,23 @@ def read_tokenizer(folder: Path):
     settings = read_json(folder / "tokenizer_config.json")
     if "auto_map" in settings:
         print(f"note: {folder}/tokenizer_config.json asks for code from its repository (auto_map); it is not run")
-    if (folder / "tokenizer.json").exists():
-        names = ("bos_token", "eos_token", "pad_token", "unk_token", "additional_special_tokens", "chat_template")
-        kept = {name: settings[name] for name in names if settings.get(name) is not None}
-        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **kept)
-    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        return Qwen2Tokenizer.from_pretrained(str(folder))
+    try:
+        if (folder / "tokenizer.json").exists():
+            names = ("bos_token", "eos_token", "pad_token", "unk_token", "additional_special_tokens", "chat_template")
+            kept = {name: settings[name] for name in names if settings.get(name) is not None}
+            return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **kept)
+        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            return Qwen2Tokenizer.from_pretrained(str(folder))
+    except Exception as error:  # the tokenizers library raises nothing more exact
+        raise UserError(f"{folder}: tokenizer.json (or vocab.json, merges.txt) is damaged ({error}); download it again") from None
     raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json + merges.txt; download the tokenizer files too")
+
+
+def check_ids(ids: "torch.Tensor", vocab_size: int, folder: Path) -> None:
+    """UserError for a token that the model's embedding has no row for."""
+    largest = int(ids.max()) if len(ids) else 0
+    if largest >= vocab_size:
+        raise UserError(
+            f"token {largest} of {folder}'s tokenizer is none of the {vocab_size} that its config.json counts (vocab_size); "
+            "take the tokenizer files and the weights from one model"
+        )

@@ -11,7 +11,7 @@ from data.errors import UserError
 from model.attention import AttentionInterface  # noqa: F401 - registers "packed"
 from model.family import Family, Model, Options, find_family
 from model.quantize import QUANTS, is_quantized, quantize_linears, quantized_weight
-from model.shards import INDEX, SINGLE, Shards, plan_shards, write_shards
+from model.shards import DTYPES, INDEX, SINGLE, Shards, plan_shards, write_shards
 
 
 def load(folder: Path, quant: str | None, dtype, device, options: Options | None) -> tuple[Model, Family]:
@@ -36,7 +36,7 @@ def build_on_meta(family: Family) -> nn.Module:
     try:
         with torch.device("meta"):
             net = family.build()
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{family.folder}/config.json: transformers builds no model from it ({reason})") from None
     for parent in list(net.modules()):
@@ -123,10 +123,19 @@ def save(model: Model, folder: Path) -> None:
 
 
 def write_weights(net: nn.Module, family: Family, folder: Path) -> None:
-    """The network's parameters as shards under the checkpoint's tensor names."""
+    """The network's parameters as shards under the checkpoint's tensor names, in the dtypes that the base has them in
+    (fp32 masters of a bf16 base are rounded once, here)."""
     named = dict(net.named_parameters(remove_duplicate=False))
     tensors = {name: named[family.module_name(name)].detach() for name in expected_tensors(family, net)}
+    if has_weights(family.folder):
+        dtypes = {name: DTYPES[dtype] for name, (_, dtype) in Shards(family.folder).headers().items()}
+        tensors = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
     write_shards(folder, tensors, plan_shards({name: tensor.nbytes for name, tensor in tensors.items()}))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a model folder holds weights (a tiny model is built in one that does not yet)."""
+    return (folder / INDEX).exists() or (folder / SINGLE).exists()
 
 
 def copy_companions(source: Path, target: Path) -> None:

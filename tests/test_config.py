@@ -322,7 +322,7 @@ def test_flags_win_over_yaml_over_defaults(tmp_path):
     ("--lora_dropout 1", ["--lora_dropout 1", "0 to 0.9"]),
     ("--precision fp8", ["--precision fp8", "auto or bf16 or fp16 or fp32"]),
     ("--save_every often", ["epoch or no or integer >= 1"]),
-    ("--lora_parts tongue", ["--lora_parts", "language or projector or vision"]),
+    ("--lora_parts tongue", ["--lora_parts", "auto or language or projector or vision"]),
     ("--bias all", ["--bias all", "none"]),
     ("--batch_size", ["--batch_size", "expected one argument"]),
     ("--stage pretrain", ["pretrain", "dpo, rloo, sft"]),

@@ -43,4 +43,4 @@ def test_proxy_lite_takes_its_default_picture(tmp_path):
     config = read_config(["--config", str(ROOT / "configs/proxy-lite-3b-lora.yaml"), "--data_path", str(path)], STAGES)
     rows = open_rows(config, find_family(base), tmp_path)
     assert rows.lengths.longest > 3360 and not rows.bad
-    assert len(rows.train_rows) == 38 and len(rows.eval_sets["held_out"][1]) == 2
+    assert len(rows.lengths.kept) == 38 and len(rows.eval_sets["held_out"][1]) == 2

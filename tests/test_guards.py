@@ -128,22 +128,6 @@ def test_signals_end_a_process_as_promised(number, code):
     assert urgent.wait() == code and urgent.communicate()[0] == ""
 
 
-def test_forked_workers_leave_ctrl_c_to_the_run():
-    code = """
-import os, signal
-from training.guards import Stop
-stop = Stop()
-worker = os.fork()
-if worker == 0:
-    os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGTERM)
-print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]), stop.requested)
-"""
-    output, errors = child(code).communicate()
-    assert output == "143 False\n" and errors == ""
-
-
 def test_out_of_memory_is_told_from_other_failures():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)

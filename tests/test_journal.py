@@ -112,10 +112,12 @@ def test_the_status_line(tmp_path, capsys):
     write_steps(journal, 1, 10, accuracy=0.5, forward_seconds=0.7)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["4/10", "8/10", "10/10"]
-    for part in ("epoch 0.50", "loss 0.2500", "lr 1.00e-04", "norm 0.500", "50 tok/s", "1.50 GiB", "wait 0.10 s",
+    for part in ("epoch 0.50", "loss 0.2500", "lr 1.0e-04", "norm 0.50", "50 tok/s", "peak 1.50 GiB",
                  "eta 00:12", "accuracy 0.5"):
         assert part in lines[0]
-    assert "forward_seconds" not in lines[0]
+    assert "forward_seconds" not in lines[0] and "wait" not in lines[0]
+    write_steps(journal, 12, 12, data_wait=1.5)
+    assert "wait 1.50 s" in capsys.readouterr().out
 
 
 def test_a_skipped_step_is_always_shown(tmp_path, capsys):

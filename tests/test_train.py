@@ -303,3 +303,96 @@ def test_every_kind_of_training_learns_and_can_be_asked(monkeypatch, tmp_path, b
 
     subject = open_subject(str(output))
     assert subject.run == output
+
+
+# ---- what must survive a kill, a smaller machine, a second start -----------------------------------------------------------
+
+
+def test_a_run_killed_before_its_export_is_finished_by_a_resume(monkeypatch, tmp_path, base, rows):
+    output = tmp_path / "out"
+    arguments = flags(base, rows, output, "--use_lora", "--max_steps", 2, "--eval_split", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "export", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(patch, *arguments)
+    assert not (output / "adapter").exists()
+    assert run(monkeypatch, *arguments, "--resume", "yes") == 0
+    assert (output / "adapter" / "adapter_model.safetensors").exists()
+    records = read_journal(output / "journal.jsonl")
+    assert [r["step"] for r in records if "event" not in r] == [1, 2]
+    compared = [r for r in records if r.get("event") == "comparison"]
+    assert compared and compared[0]["name"] == "held_out: eval loss" and compared[0]["before"] > 0
+
+
+def test_a_resume_cuts_rows_as_the_run_did(monkeypatch, tmp_path, base, rows):
+    """Automatic micro-batches follow the free memory of the start; a resume on a fuller machine keeps the first cut."""
+    from training import rehearsal
+
+    more = ["--max_steps", 6, "--save_every", 1, "--save_total_limit", 9]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert run(monkeypatch, *flags(base, rows, straight, *more)) == 0
+    shutil.copytree(straight, resumed)
+    for step in (4, 5, 6):
+        shutil.rmtree(resumed / "checkpoints" / f"step-{step:06d}")
+    monkeypatch.setattr(rehearsal.Plan, "micro_tokens", lambda self, longest: longest)
+    assert run(monkeypatch, *flags(base, rows, resumed, *more), "--resume", "yes") == 0
+    ours, theirs = weights_of(resumed), weights_of(straight)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_refused_rows_are_remembered_across_a_resume(monkeypatch, tmp_path, base, rows):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(rows.read_text() + '{"id": "x", "messages": []}\n')
+    output = tmp_path / "out"
+    arguments = flags(base, bad, output, "--use_lora", "--max_steps", 2, "--on_bad_row", "skip")
+    assert run(monkeypatch, *arguments) == 0
+    before = (output / "bad_rows.jsonl").read_text()
+    assert run(monkeypatch, *arguments, "--resume", "yes") == 0
+    assert (output / "bad_rows.jsonl").read_text() == before and '"id": "x"' in before
+
+
+def test_a_picture_that_breaks_in_training_is_skipped_with_its_id(monkeypatch, tmp_path, capsys):
+    from PIL import Image
+
+    base = tmp_path / "base"
+    write_tiny("qwen2_5_vl", base)
+    rows = tmp_path / "rows.jsonl"
+    with open(rows, "w") as file:
+        for number in range(6):
+            Image.effect_noise((56 + 28 * number, 56), 50).save(tmp_path / f"{number}.png")
+            row = {"id": f"row-{number}", "prompt": "What?", "completion": "Noise.", "image": f"{number}.png"}
+            file.write(json.dumps(row) + "\n")
+    whole = (tmp_path / "5.png").read_bytes()
+    (tmp_path / "5.png").write_bytes(whole[: len(whole) // 2])  # the header is sound, and it is the longest row
+    more = ["--use_lora", "--max_steps", 2, "--batch_size", 6, "--on_bad_row", "skip"]
+    assert run(monkeypatch, *flags(base, rows, tmp_path / "out", *more)) == 0
+    listed = [json.loads(line) for line in (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()]
+    assert [(row["where"], row["id"]) for row in listed] == [("rows.jsonl:6", "row-5")]
+    assert "5.png" in listed[0]["problem"]
+    with pytest.raises(train.UserError, match="rows.jsonl:6.*5.png"):
+        run(monkeypatch, *flags(base, rows, tmp_path / "stop", "--use_lora", "--max_steps", 2, "--batch_size", 6))
+
+
+def test_loss_scaling_leaves_out_an_overflow_and_nothing_else(monkeypatch, tmp_path, base, rows):
+    """The fp16 scaler in the real loop (no card is needed for that): one overflow halves the scale and skips the step."""
+    from training.precision import LossScaler, Precision
+
+    monkeypatch.setattr(Precision, "scaler", lambda self: LossScaler(dynamic=True, scale=2.0**10))
+    original, calls = train.Run.accumulate, []
+
+    def overflow(self, examples, total):
+        found = original(self, examples, total)
+        calls.append(len(calls))
+        if len(calls) == 3:  # the rehearsal, step 1, then step 2
+            next(iter(self.trained.values())).grad.view(-1)[0] = float("inf")
+        return found
+
+    output = tmp_path / "out"
+    more = ["--max_steps", 4, "--save_every", 1, "--save_total_limit", 9, "--lr_schedule", "constant", "--warmup_steps", 0]
+    monkeypatch.setattr(train.Run, "accumulate", overflow)
+    assert run(monkeypatch, *flags(base, rows, output, *more)) == 0
+    steps = [load_file(output / "checkpoints" / f"step-{step:06d}" / "trained.safetensors") for step in (1, 2, 3)]
+    assert all(torch.equal(steps[0][name], steps[1][name]) for name in steps[0])
+    assert not all(torch.equal(steps[1][name], steps[2][name]) for name in steps[0])
+    state = json.loads((output / "checkpoints" / "step-000004" / "state.json").read_text())
+    assert state["scaler"]["scale"] == 2.0**9 and state["scaler"]["num_good_steps"] == 2

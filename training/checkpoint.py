@@ -91,7 +91,7 @@ def find_resume(folder: str | Path, resume: str | None) -> Path | None:
         found = newest_whole(path)
         problem = None if found else "holds no whole checkpoint"
     else:
-        found, problem = path, find_problem(path)
+        found, problem = path, find_problem(path) if path.is_dir() else f"there is no {path}"
     if problem:
         raise UserError(f"--resume {resume}: {problem}; {folder} has {', '.join(steps) or 'no checkpoint'} to offer")
     return found

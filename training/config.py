@@ -27,21 +27,22 @@ OPTIMIZERS = " ".join(["adamw adamw_8bit paged_adamw_8bit",
 @dataclass
 class Config:
     # Model
-    base_model: str | None = option(None, "model folder or hub id", group="Model")
-    stage: str = option("sft", "what is trained for: a file of stages/")
-    adapter: str | None = option(None, "folder of an adapter to start from; its base, rank and every tensor must match")
+    base_model: str | None = option(None, "model folder or hub id", shown="DIR", group="Model")
+    stage: str = option("sft", "what is trained for: a file of stages/", shown="NAME")
+    adapter: str | None = option(None, "folder of an adapter to start from; its base, rank and every tensor must match",
+                                 shown="DIR")
     use_8bit: bool = option(False, "hold the frozen base in 8 bits; slower than bf16, about half the memory")
     use_4bit: bool = option(False, "hold the frozen base in 4 bits (NF4, double-quantised); about a quarter")
     # Data
-    data_path: str | None = option(None, "training rows: json, jsonl or parquet file, folder or hub id", group="Data")
+    data_path: str | None = option(None, "training rows: a .json or .jsonl file", shown="FILE", group="Data")
     eval_path: str | None = option(None, "rows to evaluate on, before, while and after training; files separated by commas",
-                                  steers=False)
+                                  shown="FILE", steers=False)
     eval_split: float = option(0.0, "without eval_path, rows of data_path held out: a share below 1, or their number")
-    test_path: str | None = option(None, "rows answered once, at the end of the run", steers=False)
+    test_path: str | None = option(None, "rows answered once, at the end of the run", shown="FILE", steers=False)
     image_root: str | None = option(None, "folder that picture paths are relative to and may not leave; "
-                                    "default: the folder of the rows", steers=False)
+                                    "default: the folder of the rows", shown="DIR", steers=False)
     allow_outside_images: bool = option(False, "open pictures outside image_root too", steers=False)
-    on_bad_row: str = option("stop", "what a row that cannot be used does to the run", words="stop skip")
+    on_bad_row: str = option("stop", "what a row that cannot be used does to the run", words="stop skip", steers=False)
     labels: str = option("ours", "tokens with a loss: every answer and its stop token (ours), or as the model's makers "
                          "did it", words="ours official")
     tool_template: str = option("none", "render tools where the model's template cannot", words="none qwen")
@@ -61,8 +62,8 @@ class Config:
     lora_alpha: int = option(32, "LoRA is scaled by lora_alpha / lora_r")
     lora_dropout: float = option(0.05, "share of LoRA inputs dropped", high=0.9)
     lora_targets: list[str] = option(["auto"], "module names, separated by commas; auto: the family's default")
-    lora_parts: list[str] = option(["language"], "parts that get LoRA: language, projector, vision",
-                                   words="language projector vision")
+    lora_parts: list[str] = option(["auto"], "parts that get LoRA: language, projector, vision; auto: the family's",
+                                   words="auto language projector vision")
     use_rslora: bool = option(False, "scale LoRA by lora_alpha / sqrt(lora_r)")
     use_dora: bool = option(False, "weight-decomposed LoRA")
     freeze_vision: bool = option(False, "leave the vision tower untrained")
@@ -91,27 +92,27 @@ class Config:
                                           steers=False)
     offload_activations: bool = option(False, "keep the activations between blocks in main memory", steers=False)
     # Saving and evaluating
-    output_dir: str | None = option(None, "folder of the run; default: checkpoints/STAGE", steers=False,
+    output_dir: str | None = option(None, "folder of the run; default: checkpoints/STAGE", shown="DIR", steers=False,
                                     group="Saving and evaluating")
     save_every: int | str = option("epoch", "updates between checkpoints", words="epoch no", low=1, steers=False)
     eval_every: int | str = option("epoch", "updates between evaluations", words="epoch no", low=1, steers=False)
     save_total_limit: int = option(2, "checkpoints kept, the newest ones", low=1, steers=False)
-    logging_steps: int = option(1, "updates between lines of --report_to", low=1, steers=False)
+    logging_steps: int = option(1, "updates between lines on screen and of --report_to", low=1, steers=False)
     report_to: str = option("none", "also report to", words="none wandb tensorboard", steers=False)
     # Generation
     predict_with_generate: bool = option(False, "evaluate with generated answers too, not the loss alone", steers=False,
                                          group="Generation")
     eval_task: str = option("auto", "metrics of generated answers: a file of eval/tasks/, or module:function of your own",
-                            steers=False)
+                            shown="NAME", steers=False)
     max_new_tokens: int = option(512, "tokens of one generated answer at most", low=1, steers=False)
     # Run
-    seed: int = option(0, "of the order of rows, new weights and dropout", group="Run")
+    seed: int = option(0, "of the order of rows, new weights and dropout", high=2**32 - 1, group="Run")
     device: str = option("auto", "auto: the CUDA card if there is one", words="auto cpu cuda", steers=False)
-    resume: str = option("no", "yes (newest checkpoint), a step number or a checkpoint folder", steers=False,
+    resume: str = option("no", "yes (newest checkpoint), a step number or a checkpoint folder", shown="yes|STEP|DIR", steers=False,
                          recorded=False)
     force: bool = option(False, "start although the plan says that the memory will not do", steers=False, recorded=False)
     demo: bool = option(False, "the built-in task, as without any argument", steers=False)
-    config: str | None = option(None, "YAML file of these settings; flags win over it", steers=False, recorded=False,
+    config: str | None = option(None, "YAML file of these settings; flags win over it", shown="FILE", steers=False, recorded=False,
                                 compare=False)
     print_config: bool = option(False, "print the resolved settings and stop", steers=False, recorded=False)
     stage_options: Any = None

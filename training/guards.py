@@ -11,6 +11,8 @@ import math
 import os
 import signal
 import statistics
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -78,13 +80,11 @@ class Stop:
     """Turns SIGTERM and SIGINT into a wish: `requested` becomes true, and the loop ends after its step and a commit.
 
     A second signal leaves at once with the same exit code, 143 or 130; a save it interrupts leaves the checkpoints as
-    they were (training/checkpoint.py). Worker processes that were forked with these handlers leave Ctrl-C, which a
-    terminal sends to every process, to the run itself.
+    they were (training/checkpoint.py). Data workers ignore both signals (data/batches.py).
     """
 
     def __init__(self):
         self.signal = 0
-        self._process = os.getpid()
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     @property
@@ -97,10 +97,7 @@ class Stop:
         return 128 + self.signal
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            if number == signal.SIGTERM:
-                os._exit(128 + number)
-        elif self.requested:
+        if self.requested:
             os._exit(128 + number)
         else:
             self.signal = number
@@ -131,7 +128,9 @@ class FolderLock:
     a few seconds do not keep the folder closed to the run that resumes it.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, made: Sequence[Path] = ()):
+        """made: the folders that were created for this one, itself first."""
+        self._made = made
         self._file = open(folder / LOCK, "a+")
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,11 +149,13 @@ class FolderLock:
         self._file.flush()
 
     def release(self) -> None:
-        """Let go before the process ends; a folder in which nothing was written is removed again."""
+        """Let go before the process ends; folders made for a run that has written nothing are removed again."""
         folder = Path(self._file.name).parent
         if [path.name for path in folder.iterdir()] == [LOCK]:
             os.unlink(self._file.name)
-            folder.rmdir()
+            with suppress(OSError):  # a parent that others have used meanwhile
+                for path in self._made:
+                    path.rmdir()
         self._file.close()
 
 
@@ -166,6 +167,7 @@ def open_folder(folder: str | Path) -> FolderLock:
     """
     folder = Path(folder)
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         names = sorted(path.name for path in folder.iterdir())
         is_run = "run.yaml" in names or any((folder / "checkpoints").glob("step-*"))
@@ -175,6 +177,6 @@ def open_folder(folder: str | Path) -> FolderLock:
                 f"{folder}: holds {strangers[0]!r} and no run of this trainer; choose an empty folder as --output_dir, "
                 "so that nothing of yours is overwritten"
             )
-        return FolderLock(folder)
+        return FolderLock(folder, made)
     except OSError as error:
         raise UserError(f"{folder}: cannot be used as --output_dir ({error.strerror}); choose another") from None

@@ -9,6 +9,7 @@ needed; wandb and tensorboard are there for those who ask (--report_to). Costs a
 import json
 import math
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class Journal:
                  report_to: str = "none"):
         self.path = Path(folder) / "journal.jsonl"
         self.last_step, self.logging_steps = last_step, logging_steps
+        self.shown_gib = 0.0  # the peak memory that the screen has shown
         self.seconds_per_step = 0.0  # running mean of this session, for the time that is left
         self.logger = None if report_to == "none" else open_logger(report_to, folder)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,6 +105,10 @@ class Journal:
         os.fsync(self.file.fileno())  # events are rare, and a commit's record should survive what the commit survives
         self._log(record)
 
+    def say(self, text: str) -> None:
+        """Print a line above the status bar."""
+        tqdm.write(text)
+
     def _write(self, record: dict) -> None:
         self.file.write(_line(record))
         self.file.flush()
@@ -115,9 +121,14 @@ class Journal:
         left = int(self.seconds_per_step * (self.last_step - record["step"]))
         width = len(str(self.last_step))
         line = (f"step {record['step']:{width}d}/{self.last_step}  epoch {epoch:.2f}  loss {record['loss']:.4f}  "
-                f"lr {record['lr']:.2e}  norm {record['grad_norm']:.3f}  "
-                f"{record['supervised_tokens'] / max(record['seconds'], 1e-9):.0f} tok/s  {record['memory']:.2f} GiB  "
-                f"wait {record['data_wait']:.2f} s  eta {tqdm.format_interval(left)}")
+                f"lr {record['lr']:.1e}  norm {record['grad_norm']:.2f}  "
+                f"{record['supervised_tokens'] / max(record['seconds'], 1e-9):.0f} tok/s  "
+                f"eta {tqdm.format_interval(left)}")  # 80 columns, with up to 9,999 steps; the rest where it is news
+        if record["memory"] > self.shown_gib + 0.1:
+            self.shown_gib = record["memory"]
+            line += f"  peak {self.shown_gib:.2f} GiB"
+        if record["data_wait"] > 0.2 * record["seconds"]:  # worth a look: num_workers, or a slow disk
+            line += f"  wait {record['data_wait']:.2f} s"
         shown = [f"{key} {value:.4g}" for key, value in statistics.items() if not key.endswith("_seconds")]
         return "  ".join([line, *shown] + (["SKIPPED"] if "rows" in record else []))
 
@@ -157,9 +168,16 @@ class TensorBoard:
         self.writer.close()
 
 
-def open_logger(name: str, folder: str | Path) -> Wandb | TensorBoard:
-    """The logger that --report_to names; UserError if its package is not installed."""
+def check_logger(name: str) -> None:
+    """UserError if the package that --report_to names is not installed; asked before anything is loaded."""
     try:
-        return {"wandb": Wandb, "tensorboard": TensorBoard}[name](Path(folder))
+        if name != "none":
+            import_module({"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}[name])
     except ImportError:
-        raise UserError(f"--report_to {name} needs a package that is not installed: pip install {name}.") from None
+        raise UserError(f"--report_to {name} needs a package that is not installed: pip install {name}") from None
+
+
+def open_logger(name: str, folder: str | Path) -> Wandb | TensorBoard:
+    """The logger that --report_to names."""
+    check_logger(name)
+    return {"wandb": Wandb, "tensorboard": TensorBoard}[name](Path(folder))

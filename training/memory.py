@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 CUDA_CONTEXT_GIB, CUDA_WORKSPACE_GIB = 0.5, 0.4  # the driver's own; cuBLAS workspaces and fragmentation
 PYTHON_GIB = 0.4  # the interpreter with torch and transformers imported
-STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.04, "paged_adamw_8bit": 2.04, "sgd": 0.0}  # a trained parameter
+STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.04, "paged_adamw_8bit": 2.04}  # a trained parameter
 QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.516}  # a weight with its scales (those of nf4 are themselves in 8 bits)
 STORED_NAMES = {"int8": "int8", "uint8": "nf4"}  # bitsandbytes keeps two 4-bit weights in one uint8
 LOGIT_BYTES = 12  # a logit: bf16 value, fp32 softmax, fp32 gradient and what casts leave behind
@@ -152,6 +152,9 @@ def free_gib(device: "torch.device") -> float:
         free, total = torch.cuda.mem_get_info(device)
         return min(total, free + torch.cuda.memory_reserved(device) + CUDA_CONTEXT_GIB * GIB) / GIB
     available = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and limit.read_text().strip().isdecimal():  # a container's own, below the machine's
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return (available + resident) / GIB
 
@@ -162,6 +165,11 @@ def peak_gib(device: "torch.device") -> float:
         import torch
         return torch.cuda.max_memory_reserved(device) / GIB + CUDA_CONTEXT_GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def size_text(gib: float) -> str:
+    """A size to read: 2.58 GiB, or 12.3 MiB where two places of a GiB would show nothing."""
+    return f"{gib:.2f} GiB" if gib >= 0.1 else f"{gib * 1024:.1f} MiB"
 
 
 def machine_line(device: "torch.device", folder: str | Path = ".") -> str:

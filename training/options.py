@@ -26,14 +26,15 @@ class Said(NamedTuple):
 
 
 def option(default, help: str, *, words: str = "", low: float = 0, high: float = math.inf, group: str = "",
-           steers: bool = True, recorded: bool = True, compare: bool = True) -> Any:
+           shown: str = "", steers: bool = True, recorded: bool = True, compare: bool = True) -> Any:
     """A dataclass field that is a flag too; its type is bool, int, float, str or list[str], or one of them with None.
 
     `words` are the texts allowed (beside a number if the type has one), `low` and `high` bound a number, `group` opens
-    a group of --help. What `steers` changes the weights a run arrives at; what is not `recorded` is asked of one start
-    of the program and stays out of run.yaml.
+    a group of --help, `shown` is what --help writes for the value. What `steers` changes the weights a run arrives at;
+    what is not `recorded` is asked of one start of the program and stays out of run.yaml.
     """
-    metadata = dict(help=help, words=words.split(), low=low, high=high, group=group, steers=steers, recorded=recorded)
+    metadata = dict(help=help, words=words.split(), low=low, high=high, group=group, shown=shown, steers=steers,
+                    recorded=recorded)
     value = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return dataclasses.field(**value, metadata=metadata, compare=compare)
 
@@ -120,7 +121,7 @@ def add_flag(group, name: str, field: dataclasses.Field | None, listed: bool = T
     if field.type is bool:
         group.add_argument(f"--no_{name}", dest=name, nargs=0, help=argparse.SUPPRESS, **common)
     shape = {bool: {"nargs": "?", "const": True}, list[str]: {"nargs": "+"}}.get(field.type, {})
-    metavar = "NAME" if field.type == list[str] else "|".join(describe(field))
+    metavar = "NAME" if field.type == list[str] else field.metadata["shown"] or "|".join(describe(field))
     return group.add_argument(f"--{name}", metavar=metavar, help=help_text(field) if listed else argparse.SUPPRESS,
                               **common, **shape)
 

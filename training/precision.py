@@ -38,8 +38,13 @@ class Precision:
     full_8bit: torch.dtype
 
     def autocast(self) -> torch.autocast:
-        """The context of every forward: matrix products in `compute`, whatever dtype the weights are stored in."""
-        return torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute != torch.float32)
+        """The context of every forward: matrix products in `compute`, whatever dtype the weights are stored in.
+
+        Without torch's cache of cast weights: a packed row uses each weight once, and the cache would hold a 16-bit copy of
+        all fp32 weights through the forward.
+        """
+        mixed = self.compute != torch.float32
+        return torch.autocast(self.device.type, dtype=self.compute, enabled=mixed, cache_enabled=False)
 
     def scaler(self) -> "LossScaler":
         """A loss scaler for this precision: dynamic for fp16, otherwise one that leaves everything as it is."""

@@ -5,11 +5,13 @@ back, and everything is put back as it was: weights, random state, folder. What 
 against free memory, seconds per update, hours for the run. Costs about one update and one save.
 """
 
+import math
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 
 from data.errors import UserError
 from model.head import CHUNK_BYTES
+from model.shards import tensor_bytes
 from training import checkpoint
 from training.guards import is_out_of_memory
 from training.memory import (
@@ -26,6 +29,7 @@ from training.memory import (
     free_gib,
     peak_gib,
     plan,
+    size_text,
     stack_from_config,
     weights_by_part,
 )
@@ -45,9 +49,9 @@ class Forecast:
     advice: str | None
 
     def text(self) -> str:
-        lines = [f"  {part:28s} {gib:7.2f} GiB" for part, gib in self.parts]
+        lines = [f"  {part:28s} {size_text(gib):>11s}" for part, gib in self.parts]
         total = sum(gib for _, gib in self.parts)
-        lines.append(f"  {'sum, of ' + format(self.free_gib, '.1f') + ' GiB free':28s} {total:7.2f} GiB")
+        lines.append(f"  {'sum, of ' + format(self.free_gib, '.1f') + ' GiB free':28s} {size_text(total):>11s}")
         hours = f"{self.hours:.1f} hours" if self.hours >= 1 else f"{self.hours * 60:.1f} minutes"
         lines.append(f"  {self.seconds_per_update:.2f} seconds an update, about {hours} for the run")
         return "\n".join(lines + ([f"  {self.advice}"] if self.advice else []))
@@ -78,6 +82,7 @@ class Plan:
             head_positions=min(tokens, CHUNK_BYTES // (4 * self.vocabulary)),
             state_bytes=STATE_BYTES.get(config.optim, 8.0),
             gradient_bytes=max((p.element_size() for _, p in self.trained), default=4),
+            element_bytes=4 if "32" in str(self.model.head_weight.dtype) else 2,  # the residual stream's
             checkpointing=config.gradient_checkpointing,
             dropout=config.use_lora and config.lora_dropout > 0,
             cuda=self.model.device.type == "cuda",
@@ -96,10 +101,9 @@ class Plan:
         print(f"--force: one row of {longest} positions at a time, though the plan says that it will not fit")
         return longest
 
-    def forecast(self, tokens: int, seconds_per_position: float, positions_per_step: float, steps: int) -> Forecast:
-        """The plan beside what the rehearsal measured."""
+    def forecast(self, tokens: int, seconds: float, steps: int) -> Forecast:
+        """The plan beside the seconds of one update that the rehearsal measured."""
         parts, free = self.parts(tokens), free_gib(self.model.device)
-        seconds = seconds_per_position * positions_per_step
         advice = advise(self.weights, sum(gib for _, gib in parts), free)
         return Forecast(parts, free, seconds, seconds * steps / 3600, advice)
 
@@ -108,19 +112,22 @@ def rehearse(
     folder: Path,
     model,
     optimizer: torch.optim.Optimizer,
-    backward: Callable[[], int],
+    backward: Callable[[], tuple[int, float]],
     snapshot: Callable[[], tuple[dict, dict]],
-) -> float:
-    """Run backward() (the longest rows; returns their positions), an empty update, a save and a reload; undo all of it.
+) -> tuple[float, float]:
+    """Run backward() (the longest rows; returns their positions and loss), an empty update, a save and a reload; undo
+    all of it.
 
-    Returns seconds per position of forward and backward. Raises UserError where memory or disk will not do.
+    Returns seconds per position of forward and backward, and seconds of the optimizer's update. Raises UserError where
+    memory or disk will not do, and for a loss that is not finite.
     """
     random = capture_random()
     started = time.perf_counter()
     try:
-        positions = backward()
+        positions, loss = backward()
         seconds = time.perf_counter() - started
         allocate_state(optimizer)
+        update_seconds = time.perf_counter() - started - seconds
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -130,17 +137,29 @@ def rehearse(
         ) from None
     finally:
         optimizer.zero_grad(set_to_none=True)
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} before the first update: {find_non_finite(model)}")
     rehearse_save(folder, *snapshot())
     optimizer.state = defaultdict(dict)
     restore_random(random)
-    return seconds / positions
+    return seconds / positions, update_seconds
 
 
-def fill(examples: list, micro_tokens: int) -> list:
-    """As many of the examples, the first one at least, as fill one packed row."""
-    picked, room = [], micro_tokens
-    for example in examples:
-        if len(example) <= room or not picked:
+def find_non_finite(model) -> str:
+    """A clause that says where a loss that is not finite can come from."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            return f"the weight {name.removeprefix('net.')} holds numbers that are not finite; download the model again"
+    return "the weights are finite, so the numbers between them overflow; use --precision bf16 or fp32"
+
+
+def fill(examples: list, micro_tokens: int, step_rows: int) -> list:
+    """The examples, over and over, until they fill one packed row or a step. UserError if there is none."""
+    if not examples:
+        raise UserError("none of the longest rows can be used; each one's fault is in bad_rows.jsonl of the output folder")
+    picked, room = [examples[0]], micro_tokens - len(examples[0])
+    for example in islice(cycle(examples), 1, step_rows):
+        if len(example) <= room:
             picked.append(example)
             room -= len(example)
     return picked
@@ -148,6 +167,8 @@ def fill(examples: list, micro_tokens: int) -> list:
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     """An update with zero gradients at rate 0: allocates all of the optimizer's state and changes no weight."""
+    if "Paged" in type(optimizer).__name__:  # what does not fit goes to the host, and its pages are never given back
+        return
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -171,7 +192,7 @@ def rehearse_save(folder: Path, tensors: dict, jsons: dict) -> None:
         read, _ = checkpoint.load(found)
         for file, wanted in tensors.items():
             for name, tensor in wanted.items():
-                if not torch.equal(read[file][name], tensor.detach().cpu()):
+                if tensor_bytes(read[file][name]).tobytes() != tensor_bytes(tensor).tobytes():
                     raise UserError(f"{folder}: tensor {name} of a saved checkpoint reads back changed; use another disk")
     finally:
         shutil.rmtree(place, ignore_errors=True)

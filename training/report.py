@@ -22,6 +22,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from training.journal import read_journal
+from training.memory import size_text
 from training.page import CSS, Markup, Points, chart, clock, embed, legend, smooth, table
 
 if TYPE_CHECKING:
@@ -119,12 +120,14 @@ def header(report: Report) -> str:
 def key_figures(report: Report) -> list[tuple[str, str]]:
     """The figures that a reader looks for first, as (name, text)."""
     steps, figures = report.steps(), []
-    for name, losses in (("training loss", [record["loss"] for record in steps if _is_taken(record)]),
-                         ("held-out loss", [loss for _, loss in _eval_losses(report)])):
-        ends = losses[::max(1, len(losses) - 1)]  # the first and the last, or the only one
-        figures += [(name, f" {ARROW} ".join(f"{loss:.3g}" for loss in ends))] if ends else []
-    figures += [(record["name"], f"{_with_unit(record, 'before')} {ARROW} {_with_unit(record, 'after')}")
-                for record in report.events("comparison")]
+    compared = {record["name"]: f"{_with_unit(record, 'before')} {ARROW} {_with_unit(record, 'after')}"
+                for record in report.events("comparison")}
+    losses = {"training loss": [record["loss"] for record in steps if _is_taken(record)]}
+    losses |= {f"{name}: eval loss": [loss for _, loss in points] for name, points in _eval_losses(report).items()}
+    for name, values in losses.items():
+        ends = values[::max(1, len(values) - 1)]  # the first and the last, or the only one
+        figures += [(name, f" {ARROW} ".join(f"{loss:.3f}" for loss in ends))] if ends and name not in compared else []
+    figures += compared.items()
     return figures + [("time in steps", clock(_total(steps, "seconds")))] if steps else figures
 
 
@@ -141,7 +144,7 @@ def curves(report: Report) -> str:
     forecast = sum(size for _, size in report.last("forecast").get("gib", []))
     charts = [
         chart("Loss", [("step", "curve faint", curve("loss")), ("smoothed", "curve blue", smooth(curve("loss"))),
-                       ("held out", "curve orange", _eval_losses(report))], skipped),
+                       *((name, "curve orange", points) for name, points in _eval_losses(report).items())], skipped),
         chart("Gradient norm", [("", "curve blue", curve("grad_norm"))], skipped),
         chart("Learning rate", [("", "curve blue", curve("lr"))]),
         chart("Supervised tokens per second", [("", "curve blue", speed)]),
@@ -170,10 +173,10 @@ def forecast_and_fact(report: Report) -> str:
     """Memory by part, pace and hours as planned before the first step, beside what was measured."""
     forecast, steps = report.last("forecast"), report.steps()
     sizes = forecast.get("gib", [])
-    rows = [[part, f"{size:.2f} GiB", ""] for part, size in sizes]
+    rows = [[part, size_text(size), ""] for part, size in sizes]
     if sizes:
-        peak = f"{max(record['memory'] for record in steps):.2f} GiB" if steps else ""
-        rows.append(["peak memory in all", f"{sum(size for _, size in sizes):.2f} GiB", peak])
+        peak = size_text(max(record["memory"] for record in steps)) if steps else ""
+        rows.append(["peak memory in all", size_text(sum(size for _, size in sizes)), peak])
     if "seconds_per_update" in forecast:
         pace = f"{median(record['seconds'] for record in steps):.3g} s" if steps else ""
         rows.append(["an update (median)", f"{forecast['seconds_per_update']:.3g} s", pace])
@@ -208,7 +211,7 @@ def sample(row: Sample) -> str:
     marks = {None: "", True: '<b class="good">\u2713 right</b> ', False: '<b class="bad">\u2717 wrong</b> '}
     answers = [("prompt", row.prompt, None), ("expected", row.expected, None),
                ("before", row.before, row.before_right), ("after", row.after, row.after_right)]
-    terms = "".join(f"<dt>{name}</dt><dd>{marks[right]}{escape(text)}</dd>"
+    terms = "".join(f"<dt>{name}</dt><dd>{marks[right]}{escape(text.strip()) or '(empty)'}</dd>"
                     for name, text, right in answers if text is not None)
     shot = ""
     if row.picture:
@@ -252,8 +255,13 @@ def _is_taken(record: dict) -> bool:
     return "rows" not in record and math.isfinite(record["loss"])
 
 
-def _eval_losses(report: Report) -> Points:
-    return [(record["step"], record["eval_loss"]) for record in report.events("eval") if "eval_loss" in record]
+def _eval_losses(report: Report) -> dict[str, Points]:
+    """(step, loss) of each held-out set by its name."""
+    found: dict[str, Points] = {}
+    for record in report.events("eval"):
+        if "eval_loss" in record:
+            found.setdefault(record.get("set", "held out"), []).append((record["step"], record["eval_loss"]))
+    return found
 
 
 def _total(records: list[dict], key: str) -> float:
@@ -261,4 +269,5 @@ def _total(records: list[dict], key: str) -> float:
 
 
 def _with_unit(record: dict, key: str) -> str:
-    return f"{record[key]:.1f} {record.get('unit', '')}".strip()
+    unit = record.get("unit", "")
+    return f"{record[key]:.1f} {unit}" if unit else f"{record[key]:.3f}"

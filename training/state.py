@@ -18,16 +18,9 @@ class State:
     """All that a resume needs beside weights and optimizer; advanced once a step, saved whole."""
 
     step: int = 0  # optimizer steps done, skipped ones included; also the place in the data (data/batches.py)
-    num_examples: int = 0
-    num_supervised_tokens: int = 0
+    micro_tokens: int = 0  # longest packed row; another cut would change the last digits of sums
     scaler: LossScaler = field(default_factory=LossScaler)
     statistics: Statistics = field(default_factory=Statistics)
-
-    def advance(self, num_examples: int, num_supervised_tokens: int) -> None:
-        """Count one step, whether or not its update was skipped."""
-        self.step += 1
-        self.num_examples += num_examples
-        self.num_supervised_tokens += num_supervised_tokens
 
     def to_json(self) -> dict:
         """The state as plain data; the number of threads goes along, because sums depend on it."""
@@ -43,6 +36,12 @@ class State:
         saved["scaler"] = LossScaler(**saved["scaler"])
         saved["statistics"] = Statistics(**saved["statistics"])
         return cls(**saved)
+
+
+def seed_random(seed: int) -> None:
+    """Begin every generator that capture_random knows anew."""
+    random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def capture_random() -> dict[str, torch.Tensor]:

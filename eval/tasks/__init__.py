@@ -46,4 +46,6 @@ def find_task(name: str) -> Task:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UserError(f"--task {name}: {error}; module:function must be importable from the current folder") from None
+    if not isinstance(found, Task) and not callable(found):
+        raise UserError(f"--task {name}: is neither a function nor a Task")
     return found if isinstance(found, Task) else Task([found])

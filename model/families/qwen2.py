@@ -88,7 +88,10 @@ class ChatML(Family):
         if (path := self.folder / "chat_template.jinja").exists():
             return path.read_text(encoding="utf-8")
         if (path := self.folder / "chat_template.json").exists():
-            return read_json(path)["chat_template"]
+            template = read_json(path).get("chat_template")
+            if not isinstance(template, str):
+                raise UserError(f"{path}: holds no chat_template; download the file again")
+            return template
         if not self.tokenizer.chat_template:
             raise UserError(f"{self.folder}: has no chat template; copy chat_template.jinja of the Instruct model there")
         return self.tokenizer.chat_template

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 
 from data.batches import Packed
+from data.errors import UserError
 from data.images import open_image, patchify, smart_resize
 from model.attention import segment_attention
 from model.families.qwen2 import ChatML
@@ -25,9 +26,10 @@ class WindowAttention(modeling.Qwen2_5_VLVisionAttention):
     def forward(self, hidden_states, cu_seqlens, position_embeddings=None, **kwargs):
         q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # (P, H, K)
         q, k = modeling.apply_rotary_pos_emb_vision(q, k, *position_embeddings)
-        lengths = [n for n in cu_seqlens.diff().tolist() if n]
+        if not hasattr(cu_seqlens, "lengths"):  # all blocks get the same two tensors: one wait for the card, not one a block
+            cu_seqlens.lengths = [n for n in cu_seqlens.diff().tolist() if n]
         q, k, v = (x.transpose(0, 1) for x in (q, k, v.to(q.dtype)))  # (H, P, K)
-        out = segment_attention(q, k, v, lengths, causal=False, scale=self.scaling)  # (P, H, K)
+        out = segment_attention(q, k, v, cu_seqlens.lengths, causal=False, scale=self.scaling)  # (P, H, K)
         return self.proj(out.flatten(1).to(hidden_states.dtype))
 
 
@@ -106,8 +108,13 @@ class Qwen2_5_VL(ChatML):  # noqa: N801 - the model's name
                 "max_pixels": raw.get("max_pixels") or size.get("longest_edge") or 12845056,
             }
             names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+            if missing := [name for name in names if name not in raw]:
+                raise UserError(f"{self.folder}/preprocessor_config.json: lacks {', '.join(missing)}; download it again")
             self._processor = {name: raw[name] for name in names} | limits
         limit = self.options.max_pixels
+        if limit is not None and limit < self._processor["min_pixels"]:
+            least = self._processor["min_pixels"]
+            raise UserError(f"--max_pixels {limit}: this model sees no picture in fewer than {least} pixels; give {least} or more")
         return self._processor if limit is None else self._processor | {"max_pixels": min(limit, self._processor["max_pixels"])}
 
     def picture(self, image: Any) -> tuple[dict[str, torch.Tensor], int]:
