@@ -45,8 +45,6 @@ class Run:
     """One training run: everything it consists of, built in the order of __init__."""
 
     def __init__(self, config: Config, stage_class: type):
-        import torch
-
         from data.batches import Batches, Encoded
         from data.rows import open_rows
         from eval.examiner import check_names
@@ -133,10 +131,11 @@ class Run:
         try:
             self.loop(stop, examiner)
         except UserError:  # a bad row, no memory, a worker that died: what was learnt until then is not lost
-            if self.state.step:
-                self.commit()
-            self.journal.close()
-            raise
+            if not stop.requested:  # else a signal to every process took a worker first, and this is the stop asked for
+                if self.state.step:
+                    self.commit()
+                self.journal.close()
+                raise
         saved = self.commit()
         finished = self.state.step == self.last
         if finished:
@@ -238,7 +237,7 @@ class Run:
     def rehearse(self):
         """Run the worst of the run once and undo it; print the forecast and a row as the model sees it."""
         from data.batches import Encoded
-        from data.labels import explain
+        from data.explain import explain
         from training.rehearsal import fill, rehearse
 
         rows, tokens = self.rows, self.state.micro_tokens

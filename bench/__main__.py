@@ -14,12 +14,11 @@ def main() -> int:
     train.add_argument("--steps", type=int, default=10, metavar="N", help="updates of 8 rows; the first is not timed (10)")
     train.add_argument("--only", nargs="+", default=[], metavar="NAME", help="groups and variants to run (all)")
     train.add_argument("--quick", action="store_true", help="a tiny model, one round of three steps: does everything run?")
-    train.add_argument("--micro_tokens", type=int, default=4096, metavar="N", help="longest packed row of ours (4096)")
     flags = parser.parse_args()
     from bench.train import run
 
     rounds, steps = (1, 3) if flags.quick else (flags.rounds, flags.steps)
-    return run(rounds, max(2, steps), flags.only, flags.quick, flags.micro_tokens)
+    return run(rounds, max(2, steps), flags.only, flags.quick)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ GROUPS = {
 }
 
 
-def run(rounds: int, steps: int, only: list[str], quick: bool, micro_tokens: int) -> int:
+def run(rounds: int, steps: int, only: list[str], quick: bool) -> int:
     """Measure and print; returns 1 if losses differ or a variant breaks, else 0. A variant whose library is absent is
     named and left out. Raises UserError for a name in `only` that is neither a group nor a variant."""
     chosen = choose(only)
@@ -58,7 +58,7 @@ def run(rounds: int, steps: int, only: list[str], quick: bool, micro_tokens: int
             folder = prepare(Path(scratch), size, group.pictures)
             task = {
                 "method": group.method, "precision": group.precision, "pictures": group.pictures, "folder": str(folder),
-                "size": size, "steps": min(steps, group.most_steps), "micro_tokens": micro_tokens,
+                "size": size, "steps": min(steps, group.most_steps),
             }
             results: dict[str, list[dict]] = {variant: [] for variant in group.variants}
             for number in range(rounds):

@@ -35,7 +35,6 @@ class Task:
     folder: str
     size: str
     steps: int
-    micro_tokens: int  # longest packed row of ours
 
     @property
     def storage(self) -> torch.dtype:
@@ -80,6 +79,7 @@ def ours(task: Task, rows: list[Example], meter: Meter, checkpointing: bool = Fa
     from model.checkpointing import checkpoint_blocks
     from stages.sft import Flags, Stage
     from training import optim, precision
+    from training.rehearsal import MICRO_TOKENS
 
     dtypes = precision.choose(task.precision, torch.device("cpu"))
     model, family = load_model(task.folder, "8bit" if task.method == "lora_8bit" else None, task.storage)
@@ -94,7 +94,7 @@ def ours(task: Task, rows: list[Example], meter: Meter, checkpointing: bool = Fa
     for start in range(0, len(rows), ROWS_PER_STEP):
         examples = rows[start : start + ROWS_PER_STEP]
         total, loss_sum = stage.denominator(examples), 0.0
-        for row in stage.pack(examples, task.micro_tokens):
+        for row in stage.pack(examples, MICRO_TOKENS["cpu"]):
             with dtypes.autocast():
                 loss, _ = stage.loss(model, row, total)
             loss.backward()

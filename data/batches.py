@@ -144,16 +144,17 @@ class Batches:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             yield from examples
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: its tensors went with it
+            if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
                 raise
             raise UserError("a data worker was ended from outside, perhaps for want of memory; lower --num_workers") from None
 
 
 def leave_signals_to_the_run(worker: int) -> None:
-    """A signal to the whole process group must not take the workers before the run has finished its step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ctrl-C, which a terminal sends to all, is the run's affair. SIGTERM ends a worker: Python ends them with it at exit,
+    and then waits for them. A run that was asked to stop too has its step's examples already, and stops after it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Encoded:

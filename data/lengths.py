@@ -119,7 +119,8 @@ def refuse(num_text: int, num_pictures: int, limit: int | None, text_limit: int 
 def remedy(lengths: Lengths, num_rows: int, pixels_per_position: float | None) -> str:
     """One sentence for rows that are too long: how many, the first, and the settings that would admit them all."""
     first = lengths.bad[0]
-    ways = [f"{lengths.limit_flag} {lengths.longest_refused} admits all (rows are never cut)", "--on_bad_row skip leaves them out"]
+    enough = f"{lengths.limit_flag} {lengths.longest_refused}"
+    ways = [f"{enough} admits all (rows are never cut)", "--on_bad_row skip leaves them out"]
     if pixels_per_position and 4 <= lengths.picture_room < float("inf"):
         ways.insert(1, f"--max_pixels {int(lengths.picture_room * pixels_per_position)} shrinks their pictures until they fit")
     return (

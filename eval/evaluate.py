@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from data.batches import pack
 from data.errors import UserError
-from data.labels import NO_LOSS, Example, explain
+from data.explain import explain
+from data.labels import NO_LOSS, Example
 from data.records import Record
 from eval.generate import Answer, generate
 from eval.metrics import Reply
@@ -151,7 +152,8 @@ def label_of(family: Family, example: Example) -> str:
     """The last trained answer as text, without its stop token: what the model would have to write."""
     ids = example.labels[answer_start(example) :].tolist()
     end = next((place for place, token in enumerate(ids) if token == NO_LOSS or token in family.stop_ids), len(ids))
-    return family.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = family.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return family.answer_text(text)
 
 
 def score(

@@ -73,7 +73,7 @@ def generate(
                 text = model.family.tokenizer.decode(
                     chosen[:-1] if stopped else chosen, skip_special_tokens=False, clean_up_tokenization_spaces=False
                 )
-                answers[row] = Answer(chosen, text, stopped, values)
+                answers[row] = Answer(chosen, model.family.answer_text(text), stopped, values)
     return answers
 
 

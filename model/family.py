@@ -47,6 +47,7 @@ class Family:
     lora_parts: tuple[str, ...] = ("language",)  # parts that LoRA reaches by default
     tiny_tokens: tuple[str, ...] = ()  # to define: special tokens of the tokenizer that `python -m model tiny` makes
     tiny_template = ""  # to define: its chat template
+    opens_in_transformers = False  # whether transformers alone opens a checkpoint of it, under the module names used here
     reference_learning_rate = 2e-4  # LoRA's usual rate at hidden size 2048; see learning_rate()
 
     def __init__(self, folder: str | Path, options: Options | None = None):
@@ -219,6 +220,10 @@ class Family:
     def original_logits(self, model: "Model", examples: list[Example]) -> list[torch.Tensor]:
         """What Model.logits answers as_original_batch: each example alone, in a family whose rows are independent."""
         return [model.logits([example])[0] for example in examples]
+
+    def answer_text(self, text: str) -> str:
+        """What of a generated text is the message's content: all of it, unless a template opens answers itself."""
+        return text
 
     def encode_prompt(self, messages: list[dict], tools: list | None = None) -> Example:
         """What generation feeds: the ids that encode puts before the last answer (a last assistant turn is left out).

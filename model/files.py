@@ -40,7 +40,7 @@ def read_tokenizer(folder: Path):
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             return Qwen2Tokenizer.from_pretrained(str(folder))
     except Exception as error:  # the tokenizers library raises nothing more exact
-        raise UserError(f"{folder}: tokenizer.json (or vocab.json, merges.txt) is damaged ({error}); download it again") from None
+        raise UserError(f"{folder}: tokenizer.json (or vocab.json, merges.txt) is damaged ({error}); get it again") from None
     raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json + merges.txt; download the tokenizer files too")
 
 

@@ -57,12 +57,22 @@ def quantized_names(family: Family, net: nn.Module) -> list[str]:
     ]
 
 
+def stored(net: nn.Module) -> dict[str, torch.Tensor]:
+    """Module name -> every tensor that a checkpoint holds: the parameters and the persistent buffers."""
+    buffers = {
+        f"{name}.{leaf}": buffer
+        for name, module in net.named_modules()
+        for leaf, buffer in module.named_buffers(recurse=False)
+        if leaf not in module._non_persistent_buffers_set
+    }
+    return dict(net.named_parameters(remove_duplicate=False)) | buffers
+
+
 def expected_tensors(family: Family, net: nn.Module) -> dict[str, torch.Size]:
-    """Tensor name in the checkpoint -> shape, for every parameter (a tied head is none of its own)."""
+    """Tensor name in the checkpoint -> shape, of all that is stored (a tied head is none of its own)."""
     tied = is_tied(net)
     head = next(n for n, m in net.named_modules() if m is net.get_output_embeddings())
-    parameters = net.named_parameters(remove_duplicate=False)
-    return {family.tensor_name(n): p.shape for n, p in parameters if not (tied and n == f"{head}.weight")}
+    return {family.tensor_name(n): t.shape for n, t in stored(net).items() if not (tied and n == f"{head}.weight")}
 
 
 def is_tied(net: nn.Module) -> bool:
@@ -79,6 +89,8 @@ def fill(net: nn.Module, family: Family, shards: Shards, dtype: torch.dtype, dev
             module = net.get_submodule(module_name)
             if is_quantized(module) and leaf == "weight":
                 module.weight = quantized_weight(module, tensor, device)
+            elif leaf in module._buffers:
+                setattr(module, leaf, tensor.to(device, copy=True))
             else:
                 trainable = tensor.is_floating_point() and not is_quantized(module)
                 setattr(module, leaf, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=trainable))
@@ -125,7 +137,7 @@ def save(model: Model, folder: Path) -> None:
 def write_weights(net: nn.Module, family: Family, folder: Path) -> None:
     """The network's parameters as shards under the checkpoint's tensor names, in the dtypes that the base has them in
     (fp32 masters of a bf16 base are rounded once, here)."""
-    named = dict(net.named_parameters(remove_duplicate=False))
+    named = stored(net)
     tensors = {name: named[family.module_name(name)].detach() for name in expected_tensors(family, net)}
     if has_weights(family.folder):
         dtypes = {name: DTYPES[dtype] for name, (_, dtype) in Shards(family.folder).headers().items()}

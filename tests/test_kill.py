@@ -36,8 +36,8 @@ def place(tmp_path_factory) -> Path:
     with open(folder / "rows.jsonl", "w") as file:
         for number in range(22):
             terms = [source.randint(0, 9) for _ in range(source.randint(1, 12))]
-            messages = [{"role": "user", "content": "+".join(map(str, terms))}, {"role": "assistant", "content": str(sum(terms))}]
-            file.write(json.dumps({"id": f"sum-{number}", "messages": messages}) + "\n")
+            row = {"id": f"sum-{number}", "prompt": "+".join(map(str, terms)), "completion": str(sum(terms))}
+            file.write(json.dumps(row) + "\n")
     process = start(folder, folder / "straight")
     assert process.wait() == 0
     return folder
@@ -72,7 +72,8 @@ def wait_for_step(process: subprocess.Popen, output: Path, step: int) -> bool:
 
 def check_finished(place: Path, output: Path) -> None:
     """Every step once and in order with the losses of the straight run, and its weights bit for bit."""
-    ours, theirs = ([r for r in read_journal(folder / "journal.jsonl") if "event" not in r] for folder in (output, place / "straight"))
+    journals = (read_journal(folder / "journal.jsonl") for folder in (output, place / "straight"))
+    ours, theirs = ([record for record in journal if "event" not in record] for journal in journals)
     assert [record["step"] for record in ours] == list(range(1, LAST + 1))
     for key in ("loss", "grad_norm", "lr", "supervised_tokens"):
         assert [record[key] for record in ours] == [record[key] for record in theirs], key
@@ -151,3 +152,13 @@ def test_a_worker_is_killed(place, tmp_path):
     assert "error: a data worker was ended" in log_of(output) and "Traceback" not in log_of(output)
     finish(place, output)
     check_finished(place, output)
+
+
+def test_a_bug_ends_the_process(place, tmp_path):
+    """A traceback and exit code 1, with the workers gone too: a run that crashes at night must not hang until morning."""
+    broken = "import sys, train; from training import guards; guards.judge = None; train.command(train.main)"
+    flags = ["--base_model", place / "base", "--data_path", place / "rows.jsonl", "--output_dir", tmp_path / "out"]
+    flags += ["--use_lora", "--num_workers", "2", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", broken, *map(str, flags)],
+                          cwd=ROOT, capture_output=True, text=True, timeout=120)  # the pipes close when the last worker ends
+    assert done.returncode == 1 and "'NoneType' object is not callable" in done.stderr

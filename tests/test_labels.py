@@ -9,7 +9,8 @@ import torch
 from conftest import REFERENCE, shared
 
 from data.errors import UserError
-from data.labels import MARKS, NO_LOSS, cut_turns, explain, mask
+from data.explain import explain
+from data.labels import MARKS, NO_LOSS, cut_turns, mask
 from model.families.qwen2 import render_with_tools
 from model.family import Options, find_family
 

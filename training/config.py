@@ -108,12 +108,12 @@ class Config:
     # Run
     seed: int = option(0, "of the order of rows, new weights and dropout", high=2**32 - 1, group="Run")
     device: str = option("auto", "auto: the CUDA card if there is one", words="auto cpu cuda", steers=False)
-    resume: str = option("no", "yes (newest checkpoint), a step number or a checkpoint folder", shown="yes|STEP|DIR", steers=False,
-                         recorded=False)
+    resume: str = option("no", "yes (newest checkpoint), a step number or a checkpoint folder", shown="yes|STEP|DIR",
+                         steers=False, recorded=False)
     force: bool = option(False, "start although the plan says that the memory will not do", steers=False, recorded=False)
     demo: bool = option(False, "the built-in task, as without any argument", steers=False)
-    config: str | None = option(None, "YAML file of these settings; flags win over it", shown="FILE", steers=False, recorded=False,
-                                compare=False)
+    config: str | None = option(None, "YAML file of these settings; flags win over it", shown="FILE", steers=False,
+                                recorded=False, compare=False)
     print_config: bool = option(False, "print the resolved settings and stop", steers=False, recorded=False)
     stage_options: Any = None
 

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-OPENS_IN_TRANSFORMERS = ("qwen2", "qwen2_5_vl")  # module names are transformers' own; other families keep the original's
-
 
 def write_readme(folder: Path, config: Any, family: Any) -> None:
     """Write the file. config is training.config.Config, family the model's."""
@@ -48,7 +46,7 @@ def adapter(folder: Path, config: Any, family: Any) -> str:
 
 
 def in_python(base: str, folder: Path, family: Any) -> str:
-    if family.name not in OPENS_IN_TRANSFORMERS:
+    if not family.opens_in_transformers:
         return (
             "The adapter names the modules of the model's ORIGINAL code. With that code loaded as `model`:\n\n```python\n"
             f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, "{folder}/adapter")\n```'

@@ -26,6 +26,7 @@ TINY_TEMPLATE = (
 class ChatML(Family):
     """What the ChatML families share: rendering by the folder's template, tools, stop ids."""
 
+    opens_in_transformers = True
     tiny_tokens = ("<|endoftext|>", "<|im_start|>", STOP)
     tiny_template = TINY_TEMPLATE
 

@@ -114,7 +114,7 @@ class Qwen2_5_VL(ChatML):  # noqa: N801 - the model's name
         limit = self.options.max_pixels
         if limit is not None and limit < self._processor["min_pixels"]:
             least = self._processor["min_pixels"]
-            raise UserError(f"--max_pixels {limit}: this model sees no picture in fewer than {least} pixels; give {least} or more")
+            raise UserError(f"--max_pixels {limit}: this model sees no picture in fewer than {least} pixels; give {least}")
         return self._processor if limit is None else self._processor | {"max_pixels": min(limit, self._processor["max_pixels"])}
 
     def picture(self, image: Any) -> tuple[dict[str, torch.Tensor], int]:
