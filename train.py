@@ -34,6 +34,8 @@ def main() -> int:
         return 0
     from training.guards import open_folder
 
+    if config.demo and config.resume == "no":
+        config.output_dir = demo.unused(config.output_dir)
     lock = open_folder(config.output_dir)
     try:
         return Run(config, modules[config.stage].Stage).train()

@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -286,7 +287,14 @@ def tokenizer_text() -> list[str]:
 SETTINGS = {  # of `python train.py` without arguments, over Config's defaults
     "base_model": str(Path(__file__).parent / "demo_base"), "output_dir": "checkpoints/demo", "use_lora": True,
     "lora_parts": ["language", "projector", "vision"], "max_steps": 200, "eval_every": "no", "save_every": "no",
-    "gradient_checkpointing": False, "lora_dropout": 0.0, "predict_with_generate": True, "eval_task": "demo", "max_new_tokens": 24}
+    "gradient_checkpointing": False, "lora_dropout": 0.0, "predict_with_generate": True, "eval_task": "demo",
+    "max_new_tokens": 24}
+
+
+def unused(folder: str) -> str:
+    """The folder, or folder-2, folder-3, .. where it is taken: the demo can be run as often as one likes."""
+    names = chain([folder], (f"{folder}-{number}" for number in count(2)))
+    return next(name for name in names if not Path(name).exists())
 
 
 def prepare(config) -> None:

@@ -5,6 +5,7 @@ traceback, and so does what a disk refuses at whichever file; anything else is o
 """
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -20,6 +21,8 @@ class UserError(Exception):
 
 def command(main: Callable[[], int | None]) -> None:
     """Run main() as a command: exit with its code (None is 0), or with 2 and one sentence for a UserError or a disk."""
+    # before torch is imported: threads that wait sleep, for spinning beside another busy program costs four times the time
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         sys.exit(main() or 0)
     except UserError as error:
