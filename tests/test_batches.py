@@ -75,15 +75,23 @@ def test_workers_and_a_later_start_change_nothing(num_workers):
     assert sum(row == "rows.jsonl:4: bad" for step in whole for row in step) == 3  # once in each epoch, as itself
 
 
+class Named:
+    """A record as far as Encoded looks at it."""
+
+    def __init__(self, length):
+        self.length, self.id, self.where = length, str(length), f"rows.jsonl:{length}"
+
+
 def test_encoded_returns_a_bad_rows_error():
     def encode(record):
-        if record == "bad":
+        if record.length == "bad":
             raise UserError("row 2 is bad")
-        return example(record)
+        return example(record.length)
 
-    rows = Encoded([3, "bad", 5], encode)
+    rows = Encoded(list(map(Named, [3, "bad", 5])), encode)
     assert len(rows) == 3 and len(rows[0]) == 3 and isinstance(rows[1], UserError)
-    assert [len(Encoded([3, "bad", 5], encode, [2, 0])[i]) for i in range(2)] == [5, 3]
+    assert (rows[1].where, rows[1].id) == ("rows.jsonl:bad", "bad")
+    assert [len(Encoded(list(map(Named, [3, "bad", 5])), encode, [2, 0])[i]) for i in range(2)] == [5, 3]
 
 
 # ---- packing --------------------------------------------------------------------------------------------------------
