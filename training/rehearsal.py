@@ -35,7 +35,7 @@ from training.memory import (
 )
 from training.state import capture_random, restore_random
 
-MICRO_TOKENS = {"cpu": 4096, "cuda": 16384}  # the longest packed row: more gains nothing
+MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}  # the longest packed row: more gains nothing
 
 
 @dataclass
