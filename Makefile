@@ -2,7 +2,7 @@
 VENV ?= .venv
 export VENV
 
-.PHONY: demo test quick lint demo_base
+.PHONY: demo test quick lint
 demo:  ## the built-in task: a vision-language model learns to find buttons, about a minute
 	@python=$$(sh .ci/python requirements.txt) && $$python train.py
 

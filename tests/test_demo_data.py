@@ -121,3 +121,21 @@ def test_the_chat_template_is_chatml_with_one_mark_a_picture(tokenizer):
         "<|im_start|>user\nand now?<|im_end|>\n<|im_start|>assistant\nno<|im_end|>\n")
     assert tokenizer.apply_chat_template(row[:1], tokenize=False, add_generation_prompt=True).endswith(
         '"Save"?<|im_end|>\n<|im_start|>assistant\n')
+
+
+@pytest.mark.slow
+def test_the_base_is_made_by_a_command_of_the_project(monkeypatch, tmp_path, capfd):
+    """One short lesson from random weights: a model that loads, and a second start that does nothing again."""
+    import importlib
+
+    door = importlib.import_module("data.__main__")
+    monkeypatch.setattr(door, "LESSONS", [door.Lesson("cell", 2, 4, 1e-3)])
+    monkeypatch.setattr(door, "HELD_OUT", 4)
+    door.make_base(tmp_path, 1.0, "cpu")
+    assert "step 2/2" in capfd.readouterr().out
+    from model import load_model
+
+    model, family = load_model(tmp_path / "1-cell" / "model")
+    assert sum(p.numel() for p in model.net.parameters()) == 1_600_192
+    door.make_base(tmp_path, 1.0, "cpu")
+    assert "step" not in capfd.readouterr().out

@@ -62,7 +62,7 @@ def test_python_section_runs():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("door", ["train.py", "-m eval", "-m eval ask", "-m lora", "-m model", "-m bench"])
+@pytest.mark.parametrize("door", ["train.py", "-m eval", "-m eval ask", "-m lora", "-m model", "-m data", "-m bench"])
 def test_help_needs_no_heavy_library(door):
     """--help answers at once because nothing heavy is imported: checked by what is loaded, not by a clock."""
     arguments = door.split()
