@@ -91,7 +91,7 @@ class Run:
         self.rows = open_rows(config, self.family, self.folder, resumed=self.found is not None)
         dataset = Encoded(self.rows.train, self.stage.encode, self.rows.lengths.kept)
         self.batches = Batches(dataset, config.batch_size * config.grad_accum, config.seed, config.num_workers)
-        self.last = config.max_steps or math.ceil(config.epochs * self.batches.steps_per_epoch)
+        self.last = optim.count_updates(config.epochs, config.max_steps, self.batches.steps_per_epoch)
         print(f"{self.rows.text}; {self.last} updates of {self.batches.step_rows}, {self.batches.steps_per_epoch} an epoch")
 
         # the optimizer, and the state

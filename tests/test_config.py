@@ -140,7 +140,7 @@ def refusal(*flags) -> str:
 
 def test_defaults():
     expected = dict(
-        batch_size=16, grad_accum=1, epochs=3, lora_r=16, lora_alpha=32, lora_dropout=0.05, lr_schedule="cosine",
+        batch_size=16, grad_accum=1, epochs="auto", lora_r=16, lora_alpha=32, lora_dropout=0.05, lr_schedule="cosine",
         warmup_steps=0.03, weight_decay=0, max_grad_norm=1.0, precision="auto", max_length="auto", micro_tokens="auto",
         seed=0, num_workers=2, save_every="epoch", eval_every="epoch", learning_rate=None, stage="sft",
         stage_options=Plain(), output_dir="checkpoints/sft", use_lora=False, demo=False)
@@ -159,7 +159,7 @@ def test_proxy_lite_command():
 
 def test_proxy_lite_training_arguments(tmp_path, capsys):
     config = read("--config", write_yaml(tmp_path, PROXY_LITE_ARGUMENTS))
-    assert differing(config) == dict(output_dir="./finetuned-proxy-lite", batch_size=4, grad_accum=4, precision="fp16",
+    assert differing(config) == dict(output_dir="./finetuned-proxy-lite", epochs=3, batch_size=4, grad_accum=4, precision="fp16",
                                      learning_rate=2e-5, lora_targets=SEVEN, use_lora=True)
     assert "use_lora is true" in capsys.readouterr().err
 
@@ -167,6 +167,7 @@ def test_proxy_lite_training_arguments(tmp_path, capsys):
 def test_phi3_training_arguments(tmp_path, capsys):
     config = read("--config", write_yaml(tmp_path, PHI3_ARGUMENTS))
     assert differing(config) == dict(
+        epochs=3,
         output_dir="./phi3-vision-finetuned", batch_size=4, grad_accum=4, warmup_steps=100, logging_steps=10,
         save_every=500, eval_every=500, learning_rate=2e-4, precision="fp16", optim="paged_adamw_8bit",
         report_to="wandb", max_length=512, lora_targets=["q_proj", "v_proj"], use_lora=True)
@@ -383,7 +384,7 @@ def test_no_arguments_are_the_demo_whose_settings_are_defaults():
     demo = {"base_model": "tiny", "epochs": 1, "lora_r": 4}
     assert read_config([], STAGES, demo).lora_r == 4
     assert read_config(["--demo", "--lora_r", "2"], STAGES, demo).lora_r == 2
-    assert read("--seed", "1", demo=demo).epochs == 3
+    assert read("--seed", "1", demo=demo).epochs == "auto"
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from data.errors import UserError
 from training import optim, precision
 from training.optim import (
     build_optimizer,
+    count_updates,
     load_optimizer_tensors,
     optimizer_tensors,
     parameter_groups,
@@ -291,3 +292,10 @@ def test_the_scale_stays_at_one_or_above_and_an_idle_scaler_idle():
     for _ in range(5000):
         idle.update(found_inf=False)
     assert idle == LossScaler() and idle.scale == 1.0
+
+
+def test_few_rows_are_seen_more_often():
+    """auto: 3 passes; for few rows as many as make 200 updates, but no more than 20 passes. What is said goes first."""
+    found = [count_updates("auto", None, per_epoch) for per_epoch in (1, 4, 10, 13, 66, 67, 1000)]
+    assert found == [20, 80, 200, 200, 200, 201, 3000]
+    assert count_updates(2, None, 13) == 26 and count_updates("auto", 7, 13) == 7 and count_updates(2, 5, 13) == 5

@@ -78,7 +78,8 @@ class Config:
     weight_decay: float = option(0.0, "decoupled weight decay of matrices")
     max_grad_norm: float = option(1.0, "gradient norm to clip to; 0: no clipping")
     skip_spikes: bool = option(False, "leave out updates whose loss or gradient norm is 6 sigma above the last 128")
-    epochs: int = option(3, "passes over the rows", low=1)
+    epochs: int | str = option("auto", "passes over the rows; auto: 3, more for few rows: 200 updates or 20 passes",
+                               words="auto", low=1)
     max_steps: int | None = option(None, "updates; ends the run instead of epochs", low=1)
     batch_size: int = option(16, "examples: batch_size x grad_accum make one update; only the product counts, because "
                              "micro_tokens decides what runs at once", low=1)

@@ -23,6 +23,18 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
+def count_updates(epochs: int | str, max_steps: int | None, steps_per_epoch: int) -> int:
+    """Updates of a run: max_steps, else epochs; "auto" is 3 epochs, for few rows as many as make 200 updates, 20 at most.
+
+    Measured on the built-in task: 200 rows do not learn it in 3 passes of 13 updates, and do in 180 updates.
+    """
+    if max_steps is not None:
+        return max_steps
+    if epochs != "auto":
+        return epochs * steps_per_epoch
+    return max(3 * steps_per_epoch, min(200, 20 * steps_per_epoch))
+
+
 def schedule(name: str, step: int, warmup: float, total: int) -> float:
     """The learning rate's multiplier for update `step` of `total`, counted from 0.
 

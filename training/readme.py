@@ -76,6 +76,6 @@ def limits(config: Any, family: Any) -> str:
             "`lora merge` measures by how much on rows of yours."
         )
     if config.max_pixels:
-        lines.append(f"- Pictures had at most {config.max_pixels} pixels. Set the same limit where you serve it, or boxes shift.")
+        lines.append(f"- Pictures had at most {config.max_pixels} pixels. Set this limit where you serve it, or boxes shift.")
     lines.append("- Sampling settings of generation_config.json are the base's; the evaluation here is greedy.")
     return "\n".join(lines)
