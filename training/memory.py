@@ -173,8 +173,8 @@ def keep_freed_memory() -> None:
     from the kernel as fresh zeroed pages and goes back to it: a fifth of a step's processor time (bench/RESULTS.md)."""
     if platform.libc_ver()[0] == "glibc":
         libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # numbers of malloc.h
-        libc.mallopt(trim_threshold, GIB)
-        libc.mallopt(mmap_threshold, GIB)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**31 - 1)
 
 
 def size_text(gib: float) -> str:
