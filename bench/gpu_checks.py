@@ -6,6 +6,7 @@ follow from the arithmetic (bf16 keeps 8 bits, int8 and nf4 what their tests say
 
 import contextlib
 import io
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,22 +51,27 @@ def seconds_of(function, device: torch.device, rounds: int = 20) -> float:
 
 
 def check_attention(device: torch.device, scratch: Path, dry: bool) -> Iterator[Row]:
-    """The row's one kernel, or the runs of segments, in bf16 against fp32 on the processor: outputs and gradients, for the
-    head counts and sizes of the five families; then its speed against the runs, where there is a kernel."""
+    """The row's one kernel (bf16) and the runs of segments (fp32) against the processor: outputs and gradients, for the head
+    counts and sizes of the five families; then the kernel's speed against the runs, where there is a kernel."""
     flash = attention.has_flash_attention(device)
     yield {"what": "varlen kernel", "status": "ok", "used": flash, "torch": torch.__version__}
     for heads, key_heads, size, causal in ((14, 2, 64, True), (16, 16, 80, False), (16, 16, 112, False), (32, 32, 96, True),
                                            (32, 2, 128, True)):
         generator = torch.Generator().manual_seed(0)
         exact = [torch.randn(h, sum(SEGMENTS), size, generator=generator).bfloat16() for h in (heads, key_heads, key_heads)]
-        results = []
-        for place, dtype in ((torch.device("cpu"), torch.float32), (device, torch.bfloat16)):
+        reference = None
+        what = f"attention {heads}/{key_heads} x {size}, {'causal' if causal else 'full'}"
+        for place, dtype, allowed in ((torch.device("cpu"), torch.float32, 0.0), (device, torch.float32, 1e-4),
+                                      (device, torch.bfloat16, 2e-2)):  # fmt: skip
             inputs = [x.to(place, dtype).requires_grad_() for x in exact]
             out = attention.segment_attention(*inputs, SEGMENTS, causal=causal, scale=size**-0.5)
             weight = torch.linspace(-1, 1, out.numel()).view(out.shape)
-            results.append([out, *torch.autograd.grad((out.float() * weight.to(place)).sum(), inputs)])
-        error = max(relative(found, wanted) for found, wanted in zip(results[1], results[0], strict=True))
-        yield check(f"attention {heads}/{key_heads} x {size}, {'causal' if causal else 'full'}", error, 2e-2)
+            found = [out, *torch.autograd.grad((out.float() * weight.to(place)).sum(), inputs)]
+            if reference is None:
+                reference = found
+                continue
+            error = max(relative(a, b) for a, b in zip(found, reference, strict=True))
+            yield check(f"{what}, {str(dtype)[6:]} on {place.type}", error, allowed)
     lengths = [50] * 2 if dry else [1024, 512, 300, 212] * 4
     q, k, v = (torch.randn(h, sum(lengths), 128, device=device, dtype=torch.bfloat16) for h in (16, 2, 2))
     run = lambda: attention.segment_attention(q, k, v, lengths, causal=True, scale=0.1)  # noqa: E731
@@ -128,7 +134,9 @@ def check_networks(device: torch.device, scratch: Path, dry: bool) -> Iterator[R
             adapter.attach(model, family, adapter.Settings(r=4))
             seed_lora(model)
             found = loss_and_gradients(model, examples_of(family, name, scratch), dtypes)
-            reference = reference or found
+            if reference is None:
+                reference = found
+                continue
             error = max(relative(a, b) for a, b in zip(found, reference, strict=True))
             yield check(f"{name}, {kind} on {place.type}: logits, loss, gradients", error, allowed)
 
@@ -153,7 +161,7 @@ def check_quantised(device: torch.device, scratch: Path, dry: bool) -> Iterator[
         there = all(m.weight.device.type == device.type and m.weight.element_size() == 1 for m in layers.values())
         yield check(f"{quant} weights are bytes on the device", 0.0 if layers and there else 1.0, 0.0, layers=len(layers))
         same = [relative(dequantize(m), dequantize(on_cpu.net.get_submodule(n))) for n, m in layers.items()]
-        yield check(f"{quant} dequantised as on the CPU", max(same), 1e-3)
+        yield check(f"{quant} dequantised as on the CPU", max(same), 1e-2)  # a value between two levels may fall to either
         with torch.no_grad():
             for name, layer in layers.items():
                 whole.net.get_submodule(name).weight.copy_(dequantize(layer))
@@ -193,39 +201,41 @@ def compare_eight_bit(device: torch.device, width: int, tokens: int) -> Iterator
 
 
 def check_optimizers(device: torch.device, scratch: Path, dry: bool) -> Iterator[Row]:
-    """Each optimizer on the device against fp32 AdamW on the CPU: the way of 20 steps, bytes of state, save and load."""
+    """Each optimizer on the device against fp32 AdamW on the CPU: the way of 20 steps, bytes of state, and that a new one with
+    the saved state makes the very next step."""
     from training import optim
 
-    start, size = torch.randn(512, 512), 512 * 512
-    target = torch.randn(512, 512)
+    start, target = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
 
-    def walk(name: str, place: torch.device, dtype: torch.dtype, steps: int, saved=None, weight=start):
+    def begin(name: str, place: torch.device, weight: torch.Tensor, dtype: torch.dtype):
         layer = torch.nn.Linear(512, 512, bias=False, device=place, dtype=dtype)
         layer.weight.data.copy_(weight)
-        optimizer = optim.build_optimizer(name, optim.parameter_groups(layer, 0.01), 1e-2)
-        if saved:
-            optim.load_optimizer_tensors(optimizer, *saved)
-        for _ in range(steps):
-            layer.weight.grad = (layer.weight.detach().float() - target.to(place)).to(dtype)
-            optimizer.step()
-        return layer.weight.detach(), optimizer
+        return layer, optim.build_optimizer(name, optim.parameter_groups(layer, 0.01), 1e-2)
 
-    reference, _ = walk("adamw", torch.device("cpu"), torch.float32, 20)
-    for name in ("adamw", "adamw_8bit", "paged_adamw_8bit"):
+    def walk(layer, optimizer, steps: int) -> torch.Tensor:
+        torch.manual_seed(0)  # of the stochastic rounding
+        for _ in range(steps):
+            layer.weight.grad = (layer.weight.detach().float() - target.to(layer.weight.device)).to(layer.weight.dtype)
+            optimizer.step()
+        return layer.weight.detach().clone()
+
+    reference = walk(*begin("adamw", torch.device("cpu"), start, torch.float32), 20)
+    kinds = [("adamw", torch.float32, 1e-5)]
+    for name in ("adamw_8bit", "paged_adamw_8bit"):
         # of a way of 0.2: 8-bit moments are off by some percent, and each bf16 rounding of a weight near 1 by 0.002
-        for dtype, allowed in ((torch.float32, 1e-5),) if name == "adamw" else ((torch.float32, 5e-2), (torch.bfloat16, 1e-1)):
-            weight, optimizer = walk(name, device, dtype, 20)
-            tensors, numbers = optim.optimizer_tensors(optimizer)
-            bytes_each = sum(t.nbytes for t in tensors.values()) / size
-            paged = any(getattr(t, "is_paged", False) for t in tensors.values())
-            yield check(f"{name}, {str(dtype)[6:]} weights: 20 steps", relative(weight - start.to(weight), reference - start),
-                        allowed, state_bytes=bytes_each, paged=paged)  # fmt: skip
-            saved = {key: t.clone() for key, t in tensors.items()}, dict(numbers)
-            torch.manual_seed(1)
-            once, _ = walk(name, device, dtype, 1, saved, weight)
-            torch.manual_seed(1)
-            again, _ = walk(name, device, dtype, 1, saved, weight)
-            yield check(f"{name}, {str(dtype)[6:]} weights: a loaded state goes on", relative(once, again), 0.0)
+        kinds += [(name, torch.float32, 5e-2), (name, torch.bfloat16, 1e-1)]
+    for name, dtype, allowed in kinds:
+        what = f"{name}, {str(dtype)[6:]} weights"
+        layer, optimizer = begin(name, device, start, dtype)
+        weight = walk(layer, optimizer, 20)
+        tensors, numbers = optim.optimizer_tensors(optimizer)
+        state = {"state_bytes": sum(t.nbytes for t in tensors.values()) / weight.numel()}
+        state["paged"] = any(getattr(t, "is_paged", False) for t in tensors.values())
+        yield check(f"{what}: 20 steps", relative(weight.cpu().float() - start, reference - start), allowed, **state)
+        other, loaded = begin(name, device, weight, dtype)
+        optim.load_optimizer_tensors(loaded, {key: tensor.clone() for key, tensor in tensors.items()}, numbers)
+        error = relative(walk(other, loaded, 1), walk(layer, optimizer, 1))
+        yield check(f"{what}: a loaded state goes on", error, 0.0)
 
 
 # ---- a run ------------------------------------------------------------------------------------------------------------------
@@ -240,6 +250,7 @@ def run_train(folder: Path, rows: Path, output: Path, *flags: Any) -> list[dict]
     from training.journal import read_journal
 
     modules = list_stages()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}  # a failed run keeps them
     argv = ["--base_model", folder, "--data_path", rows, "--output_dir", output, "--eval_every", "no", *flags]
     printed = io.StringIO()
     try:
@@ -252,6 +263,8 @@ def run_train(folder: Path, rows: Path, output: Path, *flags: Any) -> list[dict]
             finally:
                 lock.release()
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if output.exists():
             (output / "log.txt").write_text(printed.getvalue(), encoding="utf-8")
     assert code == 0, f"the run ended with {code}"

@@ -32,10 +32,10 @@ class Packed:
     ids: list[str]
 
     def to(self, device: torch.device | str) -> "Packed":
-        """The same row on a device; the call does not wait until a card is done with what it was asked for before."""
+        """The same row on a device."""
 
         def move(tensor):
-            return tensor if tensor is None else tensor.to(device, non_blocking=True)
+            return tensor if tensor is None else tensor.to(device)
 
         pixels = [{name: move(tensor) for name, tensor in p.items()} for p in self.pixels]
         return replace(

@@ -46,6 +46,8 @@ def segment_attention(
         q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in piece)  # (n, H, L, K)
         if prefix is not None:
             k, v = (torch.cat([p.to(x).expand(count, -1, -1, -1), x], 2) for p, x in zip(prefix, (k, v), strict=True))
+        if q.is_cuda:  # SDPA's kernels for older cards and for masks take no grouped heads; what it falls back to holds (L, L)
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         mask = causal_mask(length, k.shape[2], window, q.device) if causal and needs_mask(length, window, prefix) else None
         out = sdpa(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scale,

@@ -21,9 +21,8 @@ from model.load import build_on_meta, check_tensors, load
 @pytest.mark.slow
 def test_the_whole_script_runs_dry(tmp_path):
     output = tmp_path / "gpu.jsonl"
-    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    command = ["bash", "bench/gpu.sh", "--dry", "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench", "gpu", "--dry", "--seconds", "3000", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert {row["part"] for row in rows} == {"machine", *(part.name for part in gpu.list_parts())}
@@ -35,9 +34,16 @@ def test_the_whole_script_runs_dry(tmp_path):
     assert "| cogagent-bf16 | picture row of 200 | ok |" in done.stdout.split("| part | what |")[1]
 
 
+def test_the_shell_script_hands_its_arguments_on(tmp_path):
+    command = ["bash", "bench/gpu.sh", "--dry", "--only", "attention", "--output", str(tmp_path / "gpu.jsonl")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| attention | varlen kernel | ok | used False" in done.stdout and "networks" not in done.stdout
+
+
 def run_parts(monkeypatch, tmp_path, seconds=100.0, **parts):
     """Exit code and rows of a run of these functions."""
-    listed = [gpu.Part(name, lambda device, scratch, dry, f=f: f(), 1 if name == "slow" else 60) for name, f in parts.items()]
+    listed = [gpu.Part(name, lambda device, scratch, dry, f=f: f(), 0.1 if name == "slow" else 60) for name, f in parts.items()]
     monkeypatch.setattr(gpu, "list_parts", lambda: listed)
     code = gpu.run(seconds, [], tmp_path / "rows.jsonl", dry=True)
     return code, [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()][1:]
