@@ -1,6 +1,7 @@
 """Pictures: Qwen's preprocessing against its stored tensors and against transformers, and hostile files."""
 
 import json
+import shutil
 import struct
 import zlib
 
@@ -10,9 +11,20 @@ from conftest import REFERENCE, shared
 from PIL import Image
 
 from data.errors import UserError
-from data.images import MAX_DECODED_PIXELS, MAX_FILE_BYTES, image_size, open_image, patchify, smart_resize
+from data.images import (
+    FREE_BYTES,
+    MAX_DECODED_PIXELS,
+    MAX_FILE_BYTES,
+    image_size,
+    open_image,
+    open_resized,
+    patchify,
+    smart_resize,
+)
+from model.family import Options
 from model.tiny import write_tiny
 
+FAMILIES = ["qwen2_5_vl", "minicpm_v", "cogagent", "phi3_vision"]
 CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 
 
@@ -38,10 +50,11 @@ def test_patches_reference(folder):
         names = [key.split(".")[1] for key in golden.keys() if key.startswith("image.") and "pixel" in key]
         assert names
         for name in names:
-            patches, grid = patchify(
-                open_image(folder / "images" / f"{name}.png"), config["patch_size"], config["merge_size"],
-                config["temporal_patch_size"], config["min_pixels"], config["max_pixels"],
-                config["image_mean"], config["image_std"])
+            image = open_image(folder / "images" / f"{name}.png")
+            factor = config["patch_size"] * config["merge_size"]
+            height, width = smart_resize(image.height, image.width, factor, config["min_pixels"], config["max_pixels"])
+            patches, grid = patchify(image.resize((width, height)), config["patch_size"], config["merge_size"],
+                                     config["temporal_patch_size"], config["image_mean"], config["image_std"])
             assert (patches - golden.get_tensor(f"image.{name}.pixel_values")).abs().max() == 0
             assert list(grid) == golden.get_tensor(f"image.{name}.image_grid_thw")[0].tolist()
 
@@ -53,7 +66,8 @@ def test_patches_equal_transformers(size):
     for image in (Image.fromarray(noise[..., :3]), Image.fromarray(noise, "RGBA")):
         processor = processor_module.Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=100_352)
         theirs = processor(image, return_tensors="pt")
-        patches, grid = patchify(open_image(image), 14, 2, 2, 3136, 100_352, **CLIP)
+        height, width = smart_resize(image.height, image.width, 28, 3136, 100_352)
+        patches, grid = patchify(open_image(image).resize((width, height)), 14, 2, 2, **CLIP)
         assert (patches - theirs["pixel_values"]).abs().max() == 0
         assert list(grid) == theirs["image_grid_thw"][0].tolist()
 
@@ -120,7 +134,7 @@ def pictures_of_every_kind(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "minicpm_v", "cogagent", "phi3_vision"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_kind_of_picture_is_seen_as_the_makers_code_sees_it(tmp_path, pictures_of_every_kind, name):
     """Theirs convert("RGB") and resize; only transformers 5 lays transparency over white, for Qwen. 16-bit grey is our own
     rule: the high byte, where convert() clips all but black to white."""
@@ -242,3 +256,87 @@ def test_not_a_file(tmp_path):
 def test_real_screenshots():
     for path in sorted(shared("samples").glob("*/*.[jp][pn]g")):
         assert open_image(path).size == image_size(path)
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+
+def entries(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def screens(tmp_path_factory):
+    """Wide, tall and small pictures; as screenshots have it, flat areas and detail."""
+    folder, rng = tmp_path_factory.mktemp("screens"), numpy.random.default_rng(3)
+    for name, (width, height) in {"wide.png": (331, 140), "tall.jpg": (120, 450), "small.webp": (31, 40)}.items():
+        pixels = numpy.full((height, width, 3), 200, numpy.uint8)
+        pixels[height // 3 :, width // 2 :] = rng.integers(0, 256, 3)
+        pixels[: height // 2, : width // 4] = rng.integers(0, 256, (height // 2, width // 4, 3))
+        Image.fromarray(pixels).save(folder / name)
+    Image.new("RGBA", (60, 50), (250, 0, 0, 99)).save(folder / "translucent.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_cache_changes_no_bit(tmp_path, screens, name):
+    family = write_tiny(name, tmp_path / "tiny")
+    plain = [family.picture(str(path)) for path in screens]
+    family.options = Options(image_cache=str(tmp_path / "cache"))
+    for _ in range(2):  # written, then read
+        for path, (tensors, num_positions) in zip(screens, plain, strict=True):
+            cached, positions = family.picture(str(path))
+            assert positions == num_positions and all((cached[key] == tensor).all() for key, tensor in tensors.items())
+    assert len(entries(tmp_path / "cache")) >= len(screens)
+
+
+def open_cached(path, cache, sizes=((20, 30),), **rules):
+    (image,) = open_resized(path, list(sizes), Image.Resampling.BICUBIC, cache=str(cache), **rules)
+    return image
+
+
+def test_the_cache_is_read_and_goes_by_content(tmp_path, screens, monkeypatch):
+    first = open_cached(screens[0], tmp_path / "cache")
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(screens[0].read_bytes())
+    monkeypatch.setattr("data.images.open_image", lambda *arguments: pytest.fail("decoded again"))
+    assert open_cached(copy, tmp_path / "cache").tobytes() == first.tobytes()
+    monkeypatch.undo()
+    Image.new("RGB", (90, 90), "blue").save(copy)  # the same name with other content
+    assert open_cached(copy, tmp_path / "cache").getpixel((5, 5)) == (0, 0, 255)
+
+
+def test_each_rule_has_an_entry_of_its_own(tmp_path, screens):
+    path = next(path for path in screens if path.stem == "translucent")
+    for rules in ({}, {"over_white": False}, {"sizes": [(30, 20)]}, {"transpose": True}):
+        assert open_cached(path, tmp_path, **rules).size == rules.get("sizes", [(20, 30)])[0]
+    assert len(entries(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[: len(content) // 2],
+                                    lambda content: bytes(len(content)), lambda content: png(20, 31, b"")])
+def test_a_damaged_entry_is_made_again(tmp_path, screens, damage):
+    whole = open_cached(screens[0], tmp_path)
+    (entry,) = entries(tmp_path)
+    content = entry.read_bytes()
+    entry.write_bytes(damage(content))
+    assert open_cached(screens[0], tmp_path).tobytes() == whole.tobytes()
+    assert entry.read_bytes() == content and entries(tmp_path) == [entry]
+
+
+def test_the_cache_leaves_room_on_the_disk(tmp_path, screens, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("data.images.shutil.disk_usage", lambda path: usage._replace(free=FREE_BYTES - 1))
+    assert open_cached(screens[0], tmp_path).size == (20, 30) and entries(tmp_path) == []
+
+
+def test_a_cache_that_refuses_an_entry_costs_no_row(tmp_path, screens):
+    (tmp_path / "file").write_text("in the way")
+    assert open_cached(screens[0], tmp_path / "file").size == (20, 30)
+
+
+def test_the_cache_checks_a_file_before_reading_it(tmp_path):
+    for content in (b"hello", png(20_000, 20_000)):
+        (tmp_path / "x.png").write_bytes(content)
+        with pytest.raises(UserError, match="x.png"):
+            open_cached(tmp_path / "x.png", tmp_path / "cache")
