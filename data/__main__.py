@@ -80,7 +80,10 @@ def run_download(flags: argparse.Namespace) -> None:
     if flags.image_host and not DATA_SETS[flags.name].image_column:
         raise UserError(f"--image_host has no use: {flags.name} names no pictures to fetch")
     folder = Path(flags.output_dir or Path("data/raw") / flags.name)
-    download(flags.name, folder, flags.revision, flags.limit, flags.files, flags.image_host)
+    try:
+        download(flags.name, folder, flags.revision, flags.limit, flags.files, flags.image_host)
+    except KeyboardInterrupt:
+        raise UserError(f"stopped; what has arrived is in {folder}, and the same command goes on from there") from None
 
 
 def make_base(folder: Path, share: float, device: str) -> None:

@@ -113,6 +113,8 @@ def make_plan(dataset: DataSet, request: dict, pinned: dict[str, str], revisions
             checksum = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
             file = {"path": prefix + sibling.rfilename, "bytes": sibling.size, "rows": None, "repository": repository,
                     "commit": info.sha, "name": sibling.rfilename, "hub_bytes": sibling.size, "checksum": checksum}
+            if not os.path.normpath(os.path.join("/here", sibling.rfilename)).startswith("/here/"):
+                raise UserError(f"{repository} lists {sibling.rfilename}, a file outside the folder; nothing is fetched")
             wanted = any(fnmatch.fnmatch(file["path"], pattern) for pattern in request["files"])
             (plan["files"] if wanted else left_out).append(file)
         is_pin = "pinned by the first download" if pinned.get(repository) == info.sha else f"{revision}, pinned from now on"

@@ -24,7 +24,7 @@ from data.errors import UserError
 from data.images import FORMATS, open_image
 
 LOOPBACK = ("127.0.0.1", "localhost")
-HEADERS = {"User-Agent": "Mozilla/5.0 (a fetch of one picture)", "Accept": "image/jpeg, image/png, image/webp"}
+HEADERS = {"User-Agent": "data-download/1.0", "Accept": "image/jpeg, image/png, image/webp"}
 NUM_THREADS = 4
 
 
@@ -44,7 +44,7 @@ class Transient(Exception):
 
 
 def fetch_images(
-    tables: list[Path], column: str, folder: Path, hosts: list[str], limits: Limits = Limits(),  # noqa: B008 - never changed
+    tables: list[Path], column: str, folder: Path, hosts: list[str], limits: Limits | None = None
 ) -> list[str]:
     """Fetch the picture of every row of parquet tables and write rows.jsonl: the row and its `image`, a path below `folder`.
 
@@ -60,7 +60,7 @@ def fetch_images(
     images = read_journal(journal, folder)
     missing = dict.fromkeys(str(row[column]) for _, row in rows if row[column] not in images)
     problems: dict[str, str] = {}
-    pool = ThreadPoolExecutor(NUM_THREADS)
+    limits, pool = limits or Limits(), ThreadPoolExecutor(NUM_THREADS)
     try:
         waiting = {pool.submit(fetch_image, url, folder / "images", hosts, limits): url for url in missing}
         with open(journal, "w", encoding="utf-8") as lines:
@@ -120,14 +120,13 @@ def read_journal(journal: Path, folder: Path) -> dict[str, str]:
 
 def fetch_image(url: str, folder: Path, hosts: list[str], limits: Limits) -> str:
     """Fetch, check and store one picture; returns its file name. UserError with the reason after limits.tries."""
-    for attempt in range(1, limits.tries + 1):
+    for attempt in range(limits.tries):
+        time.sleep(limits.pause * attempt)
         try:
             return store(read_url(url, hosts, limits), folder)
         except Transient as error:
-            if attempt == limits.tries:
-                raise UserError(f"{error}, {limits.tries} times") from None
-            time.sleep(limits.pause * attempt)
-    raise AssertionError("unreachable")
+            problem = str(error)
+    raise UserError(f"{problem}, {limits.tries} times")
 
 
 def check_url(url: str, hosts: list[str]) -> None:

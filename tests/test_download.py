@@ -183,6 +183,14 @@ def test_no_file_matches(hub, tmp_path):
         download("smoltalk", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../../a.parquet", "/a.parquet", "x/../../a.parquet"])
+def test_a_listing_that_leaves_the_folder_is_refused(hub, tmp_path, name):
+    hub.commits[SMOLTALK] = [(OLD, {name: b"1"})]
+    with pytest.raises(UserError, match="outside the folder"):
+        download("smoltalk", tmp_path / "raw")
+    assert files_below(tmp_path) == []
+
+
 def test_no_hub(hub, tmp_path):
     with pytest.raises(UserError, match=SMOLTALK):  # the stand-in has no such set
         download("smoltalk", tmp_path)
