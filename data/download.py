@@ -66,18 +66,19 @@ def download(
     if plan["request"] != request or revisions:
         old, plan = plan, make_plan(dataset, request, plan["commits"], revisions)
         folder.mkdir(parents=True, exist_ok=True)
+        forget(folder, old["files"], plan["files"])
         write_json(begun, plan)  # the pin, before the first byte
         whole.unlink(missing_ok=True)
-        forget(folder, old["files"], plan["files"])
-    elif whole.exists() and all(is_there(folder, file) for file in plan["files"] + plan["pictures"]):
+    elif not begun.exists() and all(is_there(folder, file) for file in plan["files"] + plan["pictures"]):
         print(f"{folder} is whole: {summary(plan)}; nothing to do")
         return plan
     check_space(folder, plan["files"])
     for file in plan["files"]:
-        if not is_there(folder, file):
-            (folder / file["path"]).parent.mkdir(parents=True, exist_ok=True)
+        target = folder / file["path"]
+        if not is_there(folder, file) or not file["rows"] and checksum_of(target, file) != file["checksum"]:
+            target.parent.mkdir(parents=True, exist_ok=True)
             fetch_rows(file, folder) if file["rows"] else fetch_file(file, folder)
-        file |= weigh(folder / file["path"])
+        file |= weigh(target)
     plan["pictures"] = []
     if dataset.image_column:
         from data.fetch_images import fetch_images
@@ -102,7 +103,8 @@ def make_plan(dataset: DataSet, request: dict, pinned: dict[str, str], revisions
     names = dataset.repositories
     if revisions and len(revisions) != len(names):
         raise UserError(f"--revision takes {len(names)}, one for each of {', '.join(names)}")
-    plan: dict[str, Any] = {"request": request, "licence": dataset.licence, "cards": {}, "commits": {}, "files": []}
+    plan: dict[str, Any] = {"request": request, "licence": dataset.licence, "cards": {}, "commits": {}, "files": [],
+                            "pictures": []}  # fmt: skip
     left_out = []
     for repository, revision in zip(names, revisions or [pinned.get(name, "main") for name in names], strict=True):
         info = ask(f"{repository} at {revision}", HfApi().dataset_info, repository, revision=revision, files_metadata=True)
@@ -203,8 +205,7 @@ def fetch_file(file: dict, folder: Path) -> None:
         ask(file["path"], http_get, url, stream, resume_size=stream.tell(), headers=build_hf_headers(),
             expected_size=file["hub_bytes"])  # fmt: skip
         os.fsync(stream.fileno())
-    is_large = len(file["checksum"]) == 64  # large-file storage names a file by its sha256, git by a sha1 with a header
-    found = digest(part, hashlib.sha256() if is_large else hashlib.sha1(b"blob %d\0" % part.stat().st_size))
+    found = checksum_of(part, file)
     if found != file["checksum"]:
         part.unlink()
         raise UserError(f"{file['path']} arrived with the checksum {found[:12]}.. instead of {file['checksum'][:12]}..; "
@@ -280,13 +281,19 @@ def is_there(folder: Path, file: dict) -> bool:
 
 
 def forget(folder: Path, old: list[dict], new: list[dict]) -> None:
-    """Remove the files of an old plan that the new one does not hold, or holds with other content."""
-    kept = {(file["path"], file["checksum"], file["rows"]) for file in new}
-    for file in old:
-        if (file["path"], file["checksum"], file["rows"]) not in kept:
-            target = folder / file["path"]
-            target.unlink(missing_ok=True)
-            part_of(target).unlink(missing_ok=True)
+    """Remove the files of an old plan that the new one does not hold, or holds with other content; and whatever lies where
+    rows will be put, for it has no checksum."""
+    same = [file for file in new if any(all(file[key] == other[key] for key in ("path", "checksum", "rows")) for other in old)]
+    kept = {file["path"] for file in same}
+    for path in {file["path"] for file in old + [file for file in new if file["rows"]]} - kept:
+        for suffix in ("", ".part", ".rows", ".whole", ".whole.part"):
+            (folder / (path + suffix)).unlink(missing_ok=True)
+
+
+def checksum_of(path: Path, file: dict) -> str:
+    """By the kind that the hub gave: large-file storage names a file by its sha256, git by a sha1 with a header."""
+    is_large = len(file["checksum"]) == 64
+    return digest(path, hashlib.sha256() if is_large else hashlib.sha1(b"blob %d\0" % path.stat().st_size))
 
 
 def weigh(path: Path) -> dict:

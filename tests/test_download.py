@@ -252,6 +252,20 @@ def test_rows_of_a_json_whose_pictures_are_there(hub, tmp_path):
         download("guicourse", folder, ["main"])
 
 
+def test_a_folder_without_its_manifest_is_checked(hub, tmp_path):
+    """Whole files by their checksum, and rows, which have none, are fetched again."""
+    hub.commits[SMOLTALK] = [(OLD, {"a.parquet": table(numbered(0, 9)), "b.parquet": table(numbered(0, 2))})]
+    download("smoltalk", tmp_path, limit=4)
+    for name in ("a", "b"):
+        content = bytearray((tmp_path / f"{name}.parquet").read_bytes())
+        content[10] ^= 1
+        (tmp_path / f"{name}.parquet").write_bytes(content)
+    (tmp_path / "manifest.json").unlink()
+    download("smoltalk", tmp_path, limit=5)
+    assert parquet.read_table(tmp_path / "a.parquet").to_pylist() == numbered(0, 5)
+    assert parquet.read_table(tmp_path / "b.parquet").to_pylist() == numbered(0, 2)
+
+
 # ---- pictures of a table ----------------------------------------------------------------------------------------------
 
 BURBERRY = DATA_SETS["burberry"].repositories[0]
