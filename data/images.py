@@ -7,6 +7,7 @@ stored pixels too, and boxes in the rows are written for those. A header costs u
 (1330 x 1970) about 0.2 s and 63 MB of patches; nothing is cached.
 """
 
+import io
 import math
 import os
 import warnings
@@ -60,23 +61,28 @@ def find_image(path: str, root: str, data_folder: str, anywhere: bool) -> tuple[
     raise OutsideRoot(f"{target}{gone} is not below {root}; --image_root {folder} would admit it", folder)
 
 
-def _open_header(path: str | os.PathLike) -> Image.Image:
-    """The picture with its header read and its size checked, no pixel decoded yet."""
-    if not os.path.isfile(path):  # also keeps pipes and devices out, which would never end
-        raise UserError(f"picture {path} does not exist or is not a file")
-    num_bytes = os.path.getsize(path)
+def _name(source: str | os.PathLike | bytes) -> str:
+    return "the row's own picture" if isinstance(source, bytes) else f"picture {source}"
+
+
+def _open_header(source: str | os.PathLike | bytes) -> Image.Image:
+    """The picture of a file, or of a file's bytes, with its header read and its size checked, no pixel decoded yet."""
+    name, in_memory = _name(source), isinstance(source, bytes)
+    if not in_memory and not os.path.isfile(source):  # also keeps pipes and devices out, which would never end
+        raise UserError(f"{name} does not exist or is not a file")
+    num_bytes = len(source) if in_memory else os.path.getsize(source)
     if num_bytes > MAX_FILE_BYTES:
-        raise UserError(f"picture {path} is {num_bytes:,} bytes on disk, more than {MAX_FILE_BYTES:,}; save it smaller")
+        raise UserError(f"{name} is {num_bytes:,} bytes on disk, more than {MAX_FILE_BYTES:,}; save it smaller")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower limit follows
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(io.BytesIO(source) if in_memory else source, formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise UserError(f"picture {path} is not one of {', '.join(FORMATS)}, or its header is damaged") from None
+        raise UserError(f"{name} is not one of {', '.join(FORMATS)}, or its header is damaged") from None
     except Exception as error:  # decoders meet hostile bytes with errors of every type
-        raise UserError(f"picture {path} cannot be opened: {error}") from None
+        raise UserError(f"{name} cannot be opened: {error}") from None
     try:
-        _check_pixels(image, f"picture {path}")
+        _check_pixels(image, name)
     except UserError:
         image.close()
         raise
@@ -89,26 +95,26 @@ def _check_pixels(image: Image.Image, name: str) -> None:
         raise UserError(f"{name} has {width} x {height} pixels, more than {MAX_DECODED_PIXELS:,}; save it smaller")
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
+def image_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
     """(width, height) in pixels from the header alone. UserError where open_image would refuse the header."""
-    with _open_header(path) as image:
+    with _open_header(source) as image:
         return image.size
 
 
-def open_image(source: str | os.PathLike | Image.Image, over_white: bool = True) -> Image.Image:
-    """A path or a PIL picture as RGB: the first frame, its pixels as stored, transparency laid over white or dropped.
+def open_image(source: str | os.PathLike | bytes | Image.Image, over_white: bool = True) -> Image.Image:
+    """A path, the bytes of a file or a PIL picture as RGB: the first frame, its pixels as stored, transparency laid over
+    white or dropped.
 
     UserError (naming the file) if it is missing, too large, of another format, damaged or cut short.
     """
-    name = "a picture given as a PIL object" if isinstance(source, Image.Image) else f"picture {source}"
     if not isinstance(source, Image.Image):
         with _open_header(source) as image:
             try:
                 image.load()
                 return _to_rgb(image, over_white)
             except Exception as error:
-                raise UserError(f"{name} is damaged or cut short: {error}") from None
-    _check_pixels(source, name)
+                raise UserError(f"{_name(source)} is damaged or cut short: {error}") from None
+    _check_pixels(source, "a picture given as a PIL object")
     return _to_rgb(source, over_white)
 
 

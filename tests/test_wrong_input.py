@@ -299,7 +299,7 @@ ROWS = {
     "broken line": ("x.jsonl", GOOD + b'{"messages": [\n' + GOOD, ["x.jsonl:2", "on_bad_row"]),
     "broken array": ("x.json", b"[" + GOOD + b", {]", ["x.json:2"]),
     "binary": ("x.jsonl", bytes(range(256)) * 64, ["x.jsonl:"]),
-    "binary array": ("x.json", b"[" + bytes(range(256)) * 64, ["x.json:1"]),
+    "binary array": ("x.json", b"[" + bytes(range(256)) * 64, ["x.json:"]),
     "zeros": ("x.jsonl", bytes(10000), ["x.jsonl:1"]),
     "a picture": ("x.jsonl", b"\x89PNG\r\n\x1a\n" + bytes(100), ["x.jsonl:"]),
     "utf-16": ("x.jsonl", GOOD.decode().encode("utf-16"), ["UTF-16", "UTF-8"]),
