@@ -22,7 +22,7 @@ from data.dialects import read_row
 from data.errors import UserError
 from data.guicourse import convert_row
 from data.images import picture_format
-from data.records import split_array
+from data.json_array import split_array
 from data.turns import Problem, decode, short
 
 BATCH_PICTURES = 16  # in memory at once; a screenshot is about a megabyte
@@ -54,7 +54,11 @@ def convert_guicourse(input_dir: Path, output_dir: Path) -> None:
 
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     """("file.json:17", the row or its Problem) of a json array."""
-    for number, _, _, raw in split_array(path):
+    with open(path, "rb") as file:
+        begin = file.read(4096).find(b"[")
+    if begin < 0:
+        raise UserError(f"{path} is not a json array of rows; download it again")
+    for number, _, _, raw in split_array(path, begin):
         where = f"{path.name}:{number}"
         try:
             row = decode(raw)

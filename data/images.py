@@ -6,18 +6,18 @@ that names the file. EXIF orientation is NOT applied: the original Qwen, MiniCPM
 stored pixels too, and boxes in the rows are written for those. A header costs under 0.1 ms, an annotated screenshot
 (1330 x 1970) about 0.2 s and 63 MB of patches; nothing is cached.
 
-A picture is named by a path, or by a data URL that holds it (saved runs of agents do); "page.png#xywh=0,720,1280,720", the
-notation of W3C's Media Fragments, is a part of a picture, cut out when it is opened.
+A picture is a path, the bytes of a file, or a data URL (saved runs of agents hold those); "page.png#xywh=0,720,1280,720",
+the notation of W3C's Media Fragments, is a part of a picture, cut out when it is opened.
 """
 
 import base64
+import io
 import math
 import os
 import re
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
-from io import BytesIO
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -51,11 +51,14 @@ def find_image(name: str, root: str, data_folder: str, anywhere: bool) -> tuple[
     found, size = find_file(path, root, data_folder, anywhere)
     if part is None:
         return found, size
-    return f"{found}{name[len(path):]}", check_part(part, size, f"picture {found}")
+    return f"{found}{name[len(path):]}", check_part(part, size, _name(found))
 
 
-def split_part(name: str) -> tuple[str, tuple[int, int, int, int] | None]:
+def split_part(name: str | os.PathLike | bytes) -> tuple[str | bytes, tuple[int, int, int, int] | None]:
     """(name without its fragment, (left, top, width, height) of the part that the fragment asks for, or None)."""
+    if isinstance(name, bytes):
+        return name, None
+    name = os.fspath(name)
     found = FRAGMENT.search(name)
     return (name[: found.start()], tuple(map(int, found.groups()))) if found else (name, None)
 
@@ -93,25 +96,29 @@ def find_file(path: str, root: str, data_folder: str, anywhere: bool) -> tuple[s
     raise OutsideRoot(f"{target}{gone} is not below {root}; --image_root {folder} would admit it", folder)
 
 
-def _open_header(source: str | os.PathLike) -> Image.Image:
-    """The picture of a path or data URL with its header read and its size checked, no pixel decoded yet."""
-    name = _name_of(source)
+def _name(source: str | os.PathLike | bytes) -> str:
+    in_the_row = isinstance(source, bytes) or (isinstance(source, str) and DATA_URL.match(source))
+    return "the row's own picture" if in_the_row else f"picture {source}"
+
+
+def _open_header(source: str | os.PathLike | bytes) -> Image.Image:
+    """The picture of a file, a file's bytes or a data URL with its header read and its size checked, no pixel decoded."""
+    name = _name(source)
     if isinstance(source, str) and (found := DATA_URL.match(source)):
         try:
-            file = BytesIO(base64.b64decode(source[found.end() :], validate=True))
+            source = base64.b64decode(source[found.end() :], validate=True)
         except ValueError as error:
-            raise UserError(f"{name} is not base64 ({error})") from None
-        num_bytes = file.getbuffer().nbytes
-    else:
-        if not os.path.isfile(source):  # also keeps pipes and devices out, which would never end
-            raise UserError(f"{name} does not exist or is not a file")
-        file, num_bytes = source, os.path.getsize(source)
+            raise UserError(f"{name} is a data URL that is not base64 ({error})") from None
+    in_memory = isinstance(source, bytes)
+    if not in_memory and not os.path.isfile(source):  # also keeps pipes and devices out, which would never end
+        raise UserError(f"{name} does not exist or is not a file")
+    num_bytes = len(source) if in_memory else os.path.getsize(source)
     if num_bytes > MAX_FILE_BYTES:
         raise UserError(f"{name} is {num_bytes:,} bytes on disk, more than {MAX_FILE_BYTES:,}; save it smaller")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower limit follows
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(io.BytesIO(source) if in_memory else source, formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise UserError(f"{name} is not one of {', '.join(FORMATS)}, or its header is damaged") from None
     except Exception as error:  # decoders meet hostile bytes with errors of every type
@@ -124,43 +131,46 @@ def _open_header(source: str | os.PathLike) -> Image.Image:
     return image
 
 
-def _name_of(source: str | os.PathLike | Image.Image) -> str:
-    """What an error calls a picture."""
-    if isinstance(source, Image.Image):
-        return "a picture given as a PIL object"
-    return "a picture given as a data URL" if isinstance(source, str) and DATA_URL.match(source) else f"picture {source}"
-
-
 def _check_pixels(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width * height > MAX_DECODED_PIXELS:
         raise UserError(f"{name} has {width} x {height} pixels, more than {MAX_DECODED_PIXELS:,}; save it smaller")
 
 
-def image_size(source: str | os.PathLike) -> tuple[int, int]:
+def image_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
     """(width, height) in pixels from the header alone. UserError where open_image would refuse the header."""
-    path, part = split_part(os.fspath(source))
-    with _open_header(path) as image:
-        return image.size if part is None else check_part(part, image.size, _name_of(path))
+    file, part = split_part(source)
+    with _open_header(file) as image:
+        return image.size if part is None else check_part(part, image.size, _name(file))
 
 
-def open_image(source: str | os.PathLike | Image.Image, over_white: bool = True) -> Image.Image:
-    """A path, data URL or PIL picture as RGB: the first frame, its pixels as stored, the part that a fragment asks for,
-    transparency laid over white or dropped.
+def picture_format(raw: bytes) -> str:
+    """PNG, JPEG, WEBP, BMP or GIF: what a file's bytes are. UserError where open_image would refuse the header."""
+    with _open_header(raw) as image:
+        return image.format
+
+
+def open_image(source: str | os.PathLike | bytes | Image.Image, over_white: bool = True) -> Image.Image:
+    """A path, the bytes of a file, a data URL or a PIL picture as RGB: the first frame, its pixels as stored, the part
+    that a fragment asks for, transparency laid over white or dropped.
 
     UserError (naming the file) if it is missing, too large, of another format, damaged or cut short.
     """
     if isinstance(source, Image.Image):
-        _check_pixels(source, _name_of(source))
+        _check_pixels(source, "a picture given as a PIL object")
         return _to_rgb(source, over_white)
-    path, part = split_part(os.fspath(source))
-    with _open_header(path) as image:
-        size = image.size if part is None else check_part(part, image.size, _name_of(path))
+    file, part = split_part(source)
+    with _open_header(file) as image:
+        if part is not None:
+            check_part(part, image.size, _name(file))
         try:
             image.load()
-            return _to_rgb(image if part is None else image.crop((*part[:2], part[0] + size[0], part[1] + size[1])), over_white)
+            if part is not None:
+                left, top, width, height = part
+                image = image.crop((left, top, left + width, top + height))
+            return _to_rgb(image, over_white)
         except Exception as error:
-            raise UserError(f"{_name_of(path)} is damaged or cut short: {error}") from None
+            raise UserError(f"{_name(file)} is damaged or cut short: {error}") from None
 
 
 def _to_rgb(image: Image.Image, over_white: bool) -> Image.Image:

@@ -37,7 +37,8 @@ def score_parser() -> Parser:
         epilog="python -m eval ask --help: one question, or a dialogue.", allow_abbrev=False,
     )
     add_model_flags(parser)
-    parser.add_argument("--data_path", required=True, metavar="FILE", help="rows; the last answer of each is its label")
+    parser.add_argument("--data_path", required=True, metavar="ROWS", help="rows, as for train.py; the last answer of each is "
+                        "its label")
     parser.add_argument("--task", default="auto", help=f"{tasks}, or module:function of yours (default auto: by label)")
     parser.add_argument("--image_root", metavar="DIR", help="folder of the pictures; default: the rows' folder")
     for name in TEMPLATE_FLAGS:
