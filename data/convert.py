@@ -3,8 +3,8 @@
     python -m data convert guicourse --input_dir data/raw/guicourse --output_dir guicourse
 
 Every NAME_data.json below the input folder is read row by row with the pictures of NAME_images.parquet beside it, and
-becomes NAME.jsonl and images/NAME/. Of a parquet file one batch of pictures is in memory, whatever its row groups hold; a
-picture keeps its bytes. Started again, it goes on: pictures that are there are not written twice. A row that cannot be
+becomes NAME.jsonl and images/NAME/. Of a parquet file a page is in memory, whatever its row groups hold (pandas puts 1,024
+pictures on a page); a picture keeps its bytes. Started again, it goes on: pictures that are there are not written twice. A row that cannot be
 converted stands in bad_rows.jsonl with its file and number, and the others go on.
 """
 
@@ -25,7 +25,7 @@ from data.images import picture_format
 from data.json_array import split_array
 from data.turns import Problem, decode, short
 
-BATCH_PICTURES = 16  # in memory at once; a screenshot is about a megabyte
+BATCH_PICTURES = 16  # made into Python objects at once
 FILE_NAME = re.compile(r"[\w.+-]+")
 
 
