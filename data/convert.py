@@ -3,9 +3,9 @@
     python -m data convert guicourse --input_dir data/raw/guicourse --output_dir guicourse
 
 Every NAME_data.json below the input folder is read row by row with the pictures of NAME_images.parquet beside it, and
-becomes NAME.jsonl and images/NAME/. Of a parquet file a page is in memory, whatever its row groups hold (pandas puts 1,024
-pictures on a page); a picture keeps its bytes. Started again, it goes on: pictures that are there are not written twice. A row that cannot be
-converted stands in bad_rows.jsonl with its file and number, and the others go on.
+becomes NAME.jsonl and images/NAME/. Of a parquet file a page is in memory, whatever its row groups hold (pandas puts
+1,024 pictures on a page); a picture keeps its bytes. Started again, it goes on: pictures that are there are not written
+twice. A row that cannot be converted stands in bad_rows.jsonl with its file and number, and the others go on.
 """
 
 import base64
