@@ -161,8 +161,9 @@ def test_a_prompt_that_is_rendered_already(write):
 
 
 def test_other_ground_truths(write):
-    rows = [{"prompt": "2 + 2?", "ground_truth": "4"}, {"prompt": "where?", "ground_truth": {"box": [1, 2, 3, 4]}}]
-    assert [record.truth for record in open_records(write(rows))] == [{"answer": "4"}, {"box": [1, 2, 3, 4]}]
+    truths = {"4": {"answer": "4"}, "{1, 2}": {"answer": "{1, 2}"}, '{"box": [1, 2, 3, 4]}': {"box": [1, 2, 3, 4]}}
+    records = open_records(write([{"prompt": "2 + 2?", "ground_truth": truth} for truth in truths]))
+    assert [record.truth for record in records] == list(truths.values())
 
 
 def test_countdown_as_numbers(write):
@@ -179,7 +180,6 @@ def test_countdown_as_numbers(write):
     ({"prompt": "x", "ground_truth": {"numbers": "12", "target": 3}}, "are not whole numbers"),
     ({"prompt": None, "ground_truth": "4"}, "a prompt is neither text nor turns"),
     ({"prompt": RENDERED + "Let me think", "ground_truth": "4"}, "a prompt ends with the assistant's turn"),
-    ({"prompt": "x", "ground_truth": "{1"}, "not valid JSON"),
 ])
 def test_bad_problems(write, row, expected):
     assert expected in problem_of(write([row]))
