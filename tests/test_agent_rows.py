@@ -13,7 +13,7 @@ from data.dialect_browser import WINDOW, window_around
 from data.dialect_proxy_lite import TOOLS, expand
 from data.dialects import read_row
 from data.errors import UserError
-from data.images import open_image
+from data.images import image_size, open_image
 from data.records import open_records
 from data.turns import Problem, parts_of
 from eval.boxes import parse_boxes
@@ -248,3 +248,29 @@ def test_a_row_of_each_agent_says_its_parts_once():
     first, second = (read_row(row, {}, size_of=lambda path: (1280, 2529)) for _ in range(2))
     assert first == second and json.dumps(row) == before
     assert [part["type"] for part in parts_of(first.messages[0]["content"])] == ["image", "text"]
+
+
+# ---- The real pictures ---------------------------------------------------------------------------------------------
+
+def test_every_real_picture_opens():
+    paths = [path for path in sorted(shared("samples").rglob("*")) if path.suffix in (".png", ".jpg")]
+    assert len(paths) > 15
+    for path in paths:
+        assert open_image(path).size == image_size(path)
+
+
+def test_cogagent_rows_with_real_pictures(tmp_path):
+    """Its documented record (two messages, the picture in the user's) and the picture named by the row, later turns too."""
+    first, second = (shared(f"samples/cogagent/app_{number}.png") for number in (1, 2))
+    task = {"role": "user", "content": "Task: open it\n(Platform: Mac)\n(Answer in Action-Operation-Sensitive format.)\n"
+                                       "History steps: \n"}
+    answer = {"role": "assistant", "content": "Action: Click it.\nGrounded Operation:CLICK(box=[[655,842,671,857]], "
+                                              "element_info='it')\n<<General Operation>>"}
+    rows = [{"messages": [task | {"image": str(first)}, answer]},
+            {"messages": [task, answer, task, answer], "image": str(second)}]
+    records = open_records(write_jsonl(tmp_path / "rows.jsonl", rows), image_root=first.parent)
+    assert records.dialects == {"CogAgent": 2} and sum(records.notes.values()) == 2  # the order of Platform and History
+    for record, path, place in zip(records, (first, second), (0, 2), strict=True):
+        picture, text = record.messages[place]["content"]
+        assert picture["image"] == str(path.resolve()) and text["text"] == task["content"]
+        assert record.image_sizes == [open_image(path).size] and record.messages[-1] == answer
