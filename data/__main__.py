@@ -49,9 +49,17 @@ def main() -> None:
     base.add_argument("--output_dir", required=True, metavar="DIR", help="a folder for each lesson goes here")
     base.add_argument("--share", type=float, default=1.0, metavar="X", help="of the updates of every lesson (1.0)")
     base.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    convert = doors.add_parser("convert", help="GUICourse as its authors publish it, as rows to train on")
+    convert.add_argument("name", choices=["guicourse"])
+    convert.add_argument("--input_dir", required=True, metavar="DIR", help="*_data.json and *_images.parquet lie below it")
+    convert.add_argument("--output_dir", required=True, metavar="DIR", help="NAME.jsonl and images/NAME/ go here")
     flags = parser.parse_args()
     if flags.door == "download":
         run_download(flags)
+    elif flags.door == "convert":
+        from data.convert import convert_guicourse
+
+        convert_guicourse(Path(flags.input_dir), Path(flags.output_dir))
     else:
         make_base(Path(flags.output_dir), flags.share, flags.device)
 

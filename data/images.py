@@ -5,11 +5,17 @@ single pixel is decoded, only five plain formats are tried, and whatever the dec
 that names the file. EXIF orientation is NOT applied: the original Qwen, MiniCPM, CogAgent and Phi-3 code reads the
 stored pixels too, and boxes in the rows are written for those. A header costs under 0.1 ms, an annotated screenshot
 (1330 x 1970) about 0.2 s and 63 MB of patches. With --image_cache the resized picture stays on disk as a PNG.
+
+A picture is a path, the bytes of a file, or a data URL (saved runs of agents hold those); "page.png#xywh=0,720,1280,720",
+the notation of W3C's Media Fragments, is a part of a picture, cut out when it is opened.
 """
 
+import base64
 import hashlib
+import io
 import math
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -30,6 +36,8 @@ MAX_FILE_BYTES = 64 * 2**20
 MAX_ASPECT_RATIO = 200
 FREE_BYTES = 2**30  # of the disk that the cache leaves alone
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+FRAGMENT = re.compile(r"#xywh=(\d{1,6}),(\d{1,6}),(\d{1,6}),(\d{1,6})\Z")
+DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 
 
 class OutsideRoot(UserError):
@@ -40,9 +48,37 @@ class OutsideRoot(UserError):
         self.folder = folder
 
 
+def find_image(name: str, root: str, data_folder: str, anywhere: bool) -> tuple[str, tuple[int, int]]:
+    """(name with an absolute path, (width, height)) of the picture, or part of one, that a row names; see find_file."""
+    if DATA_URL.match(name):
+        return name, image_size(name)
+    path, part = split_part(name)
+    found, size = find_file(path, root, data_folder, anywhere)
+    if part is None:
+        return found, size
+    return f"{found}{name[len(path):]}", check_part(part, size, _name(found))
+
+
+def split_part(name: str | os.PathLike | bytes) -> tuple[str | bytes, tuple[int, int, int, int] | None]:
+    """(name without its fragment, (left, top, width, height) of the part that the fragment asks for, or None)."""
+    if isinstance(name, bytes):
+        return name, None
+    name = os.fspath(name)
+    found = FRAGMENT.search(name)
+    return (name[: found.start()], tuple(map(int, found.groups()))) if found else (name, None)
+
+
+def check_part(part: tuple[int, int, int, int], size: tuple[int, int], name: str) -> tuple[int, int]:
+    """(width, height) of a part. UserError unless it lies in a picture of that size."""
+    left, top, width, height = part
+    if not (width and height) or left + width > size[0] or top + height > size[1]:
+        raise UserError(f"{name} is {size[0]} x {size[1]}, which has no part #xywh={left},{top},{width},{height}")
+    return width, height
+
+
 @lru_cache(maxsize=65536)  # many rows of a data set ask about one screenshot
-def find_image(path: str, root: str, data_folder: str, anywhere: bool) -> tuple[str, tuple[int, int]]:
-    """(absolute path, (width, height)) of a picture that a row names; `root` and `data_folder` are real paths.
+def find_file(path: str, root: str, data_folder: str, anywhere: bool) -> tuple[str, tuple[int, int]]:
+    """(absolute path, (width, height)) of a picture file that a row names; `root` and `data_folder` are real paths.
 
     A relative path starts from the root, else from the data file's folder, so that whatever an error proposes as root
     works for the same rows. Links are followed before the comparison: none leads out of the root. OutsideRoot, or
@@ -65,23 +101,35 @@ def find_image(path: str, root: str, data_folder: str, anywhere: bool) -> tuple[
     raise OutsideRoot(f"{target}{gone} is not below {root}; --image_root {folder} would admit it", folder)
 
 
-def _open_header(path: str | os.PathLike) -> Image.Image:
-    """The picture with its header read and its size checked, no pixel decoded yet."""
-    if not os.path.isfile(path):  # also keeps pipes and devices out, which would never end
-        raise UserError(f"picture {path} does not exist or is not a file")
-    num_bytes = os.path.getsize(path)
+def _name(source: str | os.PathLike | bytes) -> str:
+    in_the_row = isinstance(source, bytes) or (isinstance(source, str) and DATA_URL.match(source))
+    return "the row's own picture" if in_the_row else f"picture {source}"
+
+
+def _open_header(source: str | os.PathLike | bytes) -> Image.Image:
+    """The picture of a file, a file's bytes or a data URL with its header read and its size checked, no pixel decoded."""
+    name = _name(source)
+    if isinstance(source, str) and (found := DATA_URL.match(source)):
+        try:
+            source = base64.b64decode(source[found.end() :], validate=True)
+        except ValueError as error:
+            raise UserError(f"{name} is a data URL that is not base64 ({error})") from None
+    in_memory = isinstance(source, bytes)
+    if not in_memory and not os.path.isfile(source):  # also keeps pipes and devices out, which would never end
+        raise UserError(f"{name} does not exist or is not a file")
+    num_bytes = len(source) if in_memory else os.path.getsize(source)
     if num_bytes > MAX_FILE_BYTES:
-        raise UserError(f"picture {path} is {num_bytes:,} bytes on disk, more than {MAX_FILE_BYTES:,}; save it smaller")
+        raise UserError(f"{name} is {num_bytes:,} bytes on disk, more than {MAX_FILE_BYTES:,}; save it smaller")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower limit follows
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(io.BytesIO(source) if in_memory else source, formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise UserError(f"picture {path} is not one of {', '.join(FORMATS)}, or its header is damaged") from None
+        raise UserError(f"{name} is not one of {', '.join(FORMATS)}, or its header is damaged") from None
     except Exception as error:  # decoders meet hostile bytes with errors of every type
-        raise UserError(f"picture {path} cannot be opened: {error}") from None
+        raise UserError(f"{name} cannot be opened: {error}") from None
     try:
-        _check_pixels(image, f"picture {path}")
+        _check_pixels(image, name)
     except UserError:
         image.close()
         raise
@@ -94,33 +142,46 @@ def _check_pixels(image: Image.Image, name: str) -> None:
         raise UserError(f"{name} has {width} x {height} pixels, more than {MAX_DECODED_PIXELS:,}; save it smaller")
 
 
-def image_size(source: str | os.PathLike | Image.Image) -> tuple[int, int]:
+def image_size(source: str | os.PathLike | bytes | Image.Image) -> tuple[int, int]:
     """(width, height) in pixels from the header alone. UserError where open_image would refuse the header."""
     if isinstance(source, Image.Image):
         return source.size
-    with _open_header(source) as image:
-        return image.size
+    file, part = split_part(source)
+    with _open_header(file) as image:
+        return image.size if part is None else check_part(part, image.size, _name(file))
 
 
-def open_image(source: str | os.PathLike | Image.Image, over_white: bool = True) -> Image.Image:
-    """A path or a PIL picture as RGB: the first frame, its pixels as stored, transparency laid over white or dropped.
+def picture_format(raw: bytes) -> str:
+    """PNG, JPEG, WEBP, BMP or GIF: what a file's bytes are. UserError where open_image would refuse the header."""
+    with _open_header(raw) as image:
+        return image.format
+
+
+def open_image(source: str | os.PathLike | bytes | Image.Image, over_white: bool = True) -> Image.Image:
+    """A path, the bytes of a file, a data URL or a PIL picture as RGB: the first frame, its pixels as stored, the part
+    that a fragment asks for, transparency laid over white or dropped.
 
     UserError (naming the file) if it is missing, too large, of another format, damaged or cut short.
     """
-    name = "a picture given as a PIL object" if isinstance(source, Image.Image) else f"picture {source}"
-    if not isinstance(source, Image.Image):
-        with _open_header(source) as image:
-            try:
-                image.load()
-                return _to_rgb(image, over_white)
-            except Exception as error:
-                raise UserError(f"{name} is damaged or cut short: {error}") from None
-    _check_pixels(source, name)
-    return _to_rgb(source, over_white)
+    if isinstance(source, Image.Image):
+        _check_pixels(source, "a picture given as a PIL object")
+        return _to_rgb(source, over_white)
+    file, part = split_part(source)
+    with _open_header(file) as image:
+        if part is not None:
+            check_part(part, image.size, _name(file))
+        try:
+            image.load()
+            if part is not None:
+                left, top, width, height = part
+                image = image.crop((left, top, left + width, top + height))
+            return _to_rgb(image, over_white)
+        except Exception as error:
+            raise UserError(f"{_name(file)} is damaged or cut short: {error}") from None
 
 
 def open_resized(
-    source: str | os.PathLike | Image.Image, sizes: list[tuple[int, int]], resample: Image.Resampling,
+    source: str | os.PathLike | bytes | Image.Image, sizes: list[tuple[int, int]], resample: Image.Resampling,
     over_white: bool = True, transpose: bool = False, cache: str | None = None,
 ) -> list[Image.Image]:
     """open_image(source), mirrored along its diagonal if asked, in each of the sizes (width, height).
@@ -131,8 +192,11 @@ def open_resized(
     paths: list[str] = []
     if cache and not isinstance(source, Image.Image):
         image_size(source)  # its checks, before the file's bytes are read
-        digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+        file, part = split_part(source)
+        in_the_row = file if isinstance(file, bytes) else file.encode() if DATA_URL.match(file) else None
+        digest = hashlib.sha256(Path(file).read_bytes() if in_the_row is None else in_the_row).hexdigest()
         rule = f"{resample.name.lower()}{'-white' * over_white}{'-transposed' * transpose}-pillow{PIL.__version__}"
+        rule += "" if part is None else "-part{}.{}.{}.{}".format(*part)
         paths = [os.path.join(cache, digest[:2], f"{digest}-{width}x{height}-{rule}.png") for width, height in sizes]
         kept = [_read_kept(path, size) for path, size in zip(paths, sizes, strict=True)]
         if all(kept):

@@ -34,14 +34,20 @@ class Config:
     use_8bit: bool = option(False, "hold the frozen base in 8 bits; slower than bf16, about half the memory")
     use_4bit: bool = option(False, "hold the frozen base in 4 bits (NF4, double-quantised); about a quarter")
     # Data
-    data_path: str | None = option(None, "training rows: a .json or .jsonl file", shown="FILE", group="Data")
-    eval_path: str | None = option(None, "rows to evaluate on, before, while and after training; files separated by commas",
-                                  shown="FILE", steers=False)
+    data_path: str | None = option(None, "training rows: a .json, .jsonl, .csv or .parquet file, a folder of them, "
+                                   "ORG/NAME[:SPLIT] of the hub, or several, with how often an epoch sees each: "
+                                   "a.json*2,b.jsonl*0.5", shown="ROWS", group="Data")
+    eval_path: str | None = option(None, "rows to evaluate on, before, while and after training; as data_path, and each "
+                                  "entry is a set of its own", shown="ROWS", steers=False)
     eval_split: float = option(0.0, "without eval_path, rows of data_path held out: a share below 1, or their number")
-    test_path: str | None = option(None, "rows answered once, at the end of the run", shown="FILE", steers=False)
+    test_path: str | None = option(None, "rows answered once, at the end of the run; as data_path", shown="ROWS", steers=False)
     image_root: str | None = option(None, "folder that picture paths are relative to and may not leave; "
                                     "default: the folder of the rows", shown="DIR", steers=False)
     allow_outside_images: bool = option(False, "open pictures outside image_root too", steers=False)
+    prompt_template: str | None = option(None, "words that make a prompt of a table's row, its columns in braces: "
+                                         "\"Describe {title}.\"; alone, the prompt of problems", shown="TEXT")
+    response_template: str | None = option(None, "words that make the answer of a table's row", shown="TEXT")
+    image_column: str | None = option(None, "column of a table with the path of the picture", shown="NAME")
     on_bad_row: str = option("stop", "what a row that cannot be used does to the run", words="stop skip", steers=False)
     labels: str = option("ours", "tokens with a loss: every answer and its stop token (ours), or as the model's makers "
                          "did it", words="ours official")
