@@ -96,6 +96,7 @@ def score(flags: argparse.Namespace) -> None:
     from data.records import open_records
     from eval.evaluate import evaluate
     from eval.tasks import find_task
+    from stages import sft
 
     task = find_task(flags.task)
     records = open_records(flags.data_path, flags.image_root, on_bad_row=flags.on_bad_row)
@@ -114,8 +115,8 @@ def score(flags: argparse.Namespace) -> None:
         for row in records.bad:
             output.write(json.dumps(row, ensure_ascii=False) + "\n")
         result = evaluate(
-            subject.model, chosen, task, max_new_tokens=flags.max_new_tokens, batch_tokens=flags.batch_tokens,
-            output=output,
+            subject.model, chosen, task, stage=sft.Stage(sft.Flags(), subject.model), max_new_tokens=flags.max_new_tokens,
+            batch_tokens=flags.batch_tokens, output=output,
         )
     problems = records.bad + [line for line in result.lines if "problem" in line]
     figures = result.figures | {"num_rows": len(chosen) + len(records.bad), "num_problems": len(problems)}
