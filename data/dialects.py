@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data.turns import MARK, Problem, decode, finish_turns, place_pictures, read_pictures, read_turn, short
 
+
 @dataclass(frozen=True)
 class Preference:
     """What read(row) gives for two answers to one prompt: two lists of turns, equal up to the last turn."""
@@ -54,24 +55,56 @@ class Dialect:
     gap: str  # the text between such pictures and the turn
 
 
-DIALECTS: list[Dialect] = []  # the newest is asked first
+DIALECTS: list[Dialect] = []  # asked in this order: who asks a row for more comes first, of equals the newest
+
+
+@dataclass(frozen=True)
+class Has:
+    """Recognises a row that has all of these keys, and for which `when` holds."""
+
+    keys: frozenset[str]
+    when: Callable[[dict], bool] | None
+
+    def __call__(self, row: dict) -> bool:
+        return row.keys() >= self.keys and (self.when is None or self.when(row))
+
+    @property
+    def demands(self) -> int:
+        return len(self.keys) + (self.when is not None)
+
+
+def has(*keys: str, when: Callable[[dict], bool] | None = None) -> Has:
+    """What most dialects recognise a row by: its keys, and perhaps a look at their values."""
+    return Has(frozenset(keys), when)
 
 
 def dialect(name: str, recognises: Callable[[dict], bool], *, marks: bool = False, last: bool = False, gap: str = ""):
-    """Add the decorated function, read(row) -> turns, to the table. It may raise Problem."""
+    """Add the decorated function, read(row) -> turns, to the table. It may raise Problem.
+
+    A function of your own as `recognises` is asked before every has(..).
+    """
     def register(read: Callable[[dict], list]) -> Callable[[dict], list]:
         DIALECTS.insert(0, Dialect(name, recognises, read, marks, last, gap))
+        DIALECTS.sort(key=lambda entry: -getattr(entry.recognises, "demands", 1000))
         return read
     return register
 
 
-def has(*keys: str) -> Callable[[dict], bool]:
-    """Recognises a row that has all of these keys."""
-    return lambda row: row.keys() >= set(keys)
+def find_dialect(row: dict, notes: Counter) -> Dialect:
+    """The dialect of a row. Raises Problem for none; of several the others are noted, unless they ask for less of the same."""
+    found, *others = [entry for entry in DIALECTS if entry.recognises(row)] or [None]
+    if found is None:
+        raise Problem("no dialect has these keys", f"{short(sorted(row))}; known are "
+                      + ", ".join(entry.name for entry in reversed(DIALECTS)))
+    asked = getattr(found.recognises, "keys", frozenset())
+    for other in others:
+        if not getattr(other.recognises, "keys", frozenset()) <= asked:
+            notes[f"read as {found.name}, not as {other.name}"] += 1
+    return found
 
 
 def _has_cogagent_picture(row: dict) -> bool:
-    messages = row.get("messages")
+    messages = row["messages"]
     return isinstance(messages, list) and any(isinstance(item, dict) and "image" in item for item in [row, *messages])
 
 
@@ -80,7 +113,7 @@ def _read_messages(row: dict) -> list:
     return row["messages"]
 
 
-@dialect("CogAgent", _has_cogagent_picture, last=True)
+@dialect("CogAgent", has("messages", when=_has_cogagent_picture), last=True)
 def _read_cogagent(row: dict) -> list:
     return row["messages"]
 
@@ -104,21 +137,6 @@ def _read_query(row: dict) -> list:
     return _read_completion(row, "query")
 
 
-@dialect("chosen/rejected", has("chosen", "rejected"))
-def _read_preference(row: dict) -> Preference:
-    """Both sides hold the prompt (UltraFeedback binarized, whose `prompt` says its user turn once more), or neither does."""
-    prompt = row.get("prompt")
-    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    sides = []
-    for side in (row["chosen"], row["rejected"]):
-        side = side if isinstance(side, list) else [{"role": "assistant", "content": side}]
-        has_prompt = any(turn.get("role") != "assistant" for turn in side)
-        if has_prompt and isinstance(prompt, str) and prompt not in (turn.get("content") for turn in side):
-            raise Problem("prompt is not in the chosen or rejected conversation", short(prompt))
-        sides.append(side if has_prompt else turns + side)
-    return Preference(*sides)
-
-
 @dialect("text + screenshot", has("text", "screenshot"), marks=True, last=True)
 def _read_chat_text(row: dict) -> list:
     """A chat rendered with Qwen's template, taken apart again so that its answers are known from its prompts."""
@@ -139,10 +157,7 @@ def read_row(row: dict, notes: Counter) -> Reading:
     not opened. Raises Problem."""
     name = "a row"
     try:
-        found = next((entry for entry in DIALECTS if entry.recognises(row)), None)
-        if found is None:
-            raise Problem("no dialect has these keys", f"{short(sorted(row))}; known are "
-                          + ", ".join(entry.name for entry in reversed(DIALECTS)))
+        found = find_dialect(row, notes)
         name = found.name
         items = found.read(row)
         if not isinstance(items, list | Preference | Question):

@@ -169,6 +169,8 @@ class Records:
             sizes = [self._find(part) for part in pictures]
             record = Record(row_id, where, found.messages, tools, found.dialect, sizes, found.rejected, found.truth)
             self._check_kind(record.kind, notes)
+            if "preference" not in self.takes:
+                record.rejected = None
             return record
         except Problem as problem:
             problem.row_id = row_id
