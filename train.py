@@ -48,7 +48,7 @@ class Run:
 
     def __init__(self, config: Config, stage_class: type):
         from data.batches import Batches, Encoded
-        from data.rows import open_rows
+        from data.rows import open_rows, sha256_of
         from eval.examiner import check_names
         from lora import adapter, files
         from model import load_model
@@ -101,6 +101,8 @@ class Run:
         self.optimizer = optim.build_optimizer(config.optim, groups, self.rate, betas=(0.9, config.adam_beta2))
         self.state = State(scaler=self.precision.scaler())
         self.identity = trajectory(config) | {"data_sha256": self.rows.sha256}
+        if config.adapter:
+            self.identity["adapter_sha256"] = sha256_of(Path(config.adapter) / files.WEIGHTS)
         self.plan = rehearsal.Plan(self.model, config)
         self.state.micro_tokens = self.plan.micro_tokens(self.rows.lengths.longest)
         self.model.train()

@@ -159,6 +159,8 @@ class Stage:
 
     def prepare(self, run: Any) -> None:
         """Make or read reference.safetensors. The first epoch's own packed rows run, so its first margins are exactly 0."""
+        from tqdm import tqdm
+
         if not self.precomputes:
             return
         path, purpose, num_steps = run.folder / FILE, fingerprint(run), run.batches.steps_per_epoch
@@ -166,7 +168,8 @@ class Stage:
         started = saved = time.monotonic()
         if num_done <= num_steps:
             print(f"computing the reference's log-probabilities once, into {path}")
-            for pairs in run.batches.steps(num_done, num_steps):
+            steps = run.batches.steps(num_done, num_steps)
+            for pairs in tqdm(steps, "reference", num_steps, leave=False, initial=num_done, disable=None):
                 self.measure(run, run.rows.usable(pairs), known)
                 num_done += 1
                 if time.monotonic() - saved > SAVE_SECONDS:

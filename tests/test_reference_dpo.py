@@ -18,7 +18,8 @@ from stages.dpo import Flags, Pair, Stage
 def open_pairs(family, tensors) -> list[Pair]:
     """The golden batch, all chosen and then all rejected, as pairs without padding."""
     sides = []
-    for ids, mask, answer in zip(*(tensors[f"dpo.{x}"] for x in ("input_ids", "attention_mask", "completion_mask")), strict=True):
+    batch = (tensors[f"dpo.{name}"] for name in ("input_ids", "attention_mask", "completion_mask"))
+    for ids, mask, answer in zip(*batch, strict=True):
         labels = torch.where(answer.bool(), ids, NO_LOSS)
         example = family.example(ids[mask.bool()], labels[mask.bool()])
         example.values = {"num_tokens": float(example.num_supervised)}
@@ -63,9 +64,9 @@ def test_loss_and_gradients(folder, micro_tokens, checkpointed):
     pairs = open_pairs(family, tensors)
     stage = Stage(Flags(dpo_beta=facts["beta"]), model)
     for pair in pairs:
-        with torch.no_grad():
-            for side, logprob in zip(stage.sequences(pair), sequence_logprobs(reference, pack_row(stage.sequences(pair))), strict=True):
-                side.values["reference"] = logprob.item()
+        sides = stage.sequences(pair)
+        for side, logprob in zip(sides, sequence_logprobs(reference, pack_row(sides)).tolist(), strict=True):
+            side.values["reference"] = logprob
     packed = stage.pack(pairs, micro_tokens)
     assert len(packed) == (len(pairs) if micro_tokens == 1 else len(packed))
     loss, figures = 0.0, {}
