@@ -35,6 +35,11 @@ FLAGS = {name: module.Flags for name, module in list_stages().items()}
 LN2 = math.log(2)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "qwen2"
@@ -152,7 +157,7 @@ def test_losses_equal_a_numpy_oracle(base, rows, options):
             loss, figures = stage.loss(model, row, stage.denominator(pairs))
             loss.backward()
             found += loss.item()
-        assert found == pytest.approx(expected, rel=1e-5)
+        assert found == pytest.approx(expected, rel=1e-4)  # ipo squares the fp32 rounding of sums of about 200
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     for other in gradients[1:]:
         assert (other - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
@@ -249,9 +254,10 @@ def test_the_reference_is_the_start_whatever_is_trained(base, rows, kind):
     assert torch.equal(stage.reference_logprobs(model, row), before)
     assert all(torch.equal(p, value) for p, value in zip(trained, values, strict=True))
     assert all(p.requires_grad for p in trained) and all(m.training for m in model.modules())
+    assert (sequence_logprobs(model, row) - before).abs().max() > 1e-2
     loss, _ = stage.loss(model, row, 6.0)
     loss.backward()
-    assert abs(loss.item() - LN2) > 1e-3 and all(p.grad is not None for p in trained)
+    assert all(p.grad is not None for p in trained)
 
 
 def test_gradients_flow_in_mixed_precision_too(base, rows):
@@ -392,9 +398,11 @@ def test_resume_is_bit_exact(monkeypatch, tmp_path, base, rows, case):
 
 def test_held_out_pairs_are_measured(monkeypatch, tmp_path, base, rows):
     """eval_loss, eval_margins and the rest: before, during and after; answers are asked for the chosen side's prompt."""
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(rows.read_text().replace(" + ", " plus "))
     for name, more in {"full": ["--learning_rate", "1e-3"], "lora": ["--use_lora", "--learning_rate", "1e-2"]}.items():
         output = tmp_path / name
-        more = [*more, "--eval_path", rows, "--eval_every", 2, "--max_steps", 4]
+        more = [*more, "--eval_path", held_out, "--eval_every", 2, "--max_steps", 4]
         more += ["--predict_with_generate", "--eval_task", "text", "--max_new_tokens", 2]
         assert run(monkeypatch, *flags(base, rows, output, *more)) == 0
         found = [r for r in read_journal(output / "journal.jsonl") if r.get("event") == "eval"]
@@ -403,12 +411,12 @@ def test_held_out_pairs_are_measured(monkeypatch, tmp_path, base, rows):
         assert found[0]["eval_margins"] == pytest.approx(0, abs=1e-6)
         assert found[2]["eval_loss"] < LN2 - 0.02 and found[2]["eval_margins"] > 0.02 and found[2]["eval_accuracies"] > 0.5
         assert {"eval_chosen_logps", "eval_rejected_logps", "eval_kl", "stop_rate"} <= set(found[0])
-        lines = [json.loads(line) for line in (output / "outputs" / "sums.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (output / "outputs" / "held_out.jsonl").read_text().splitlines()]
         assert lines[0]["label"] == open_records(rows)[0].messages[-1]["content"]
         page = (output / "report.html").read_text()
         assert all(name in page for name in ("margins", "accuracies", "chosen logps", "rejected logps", "kl"))
         compared = {r["name"]: r for r in read_journal(output / "journal.jsonl") if r.get("event") == "comparison"}
-        assert compared["sums: eval margins"]["unit"] == "" and compared["sums: stop rate"]["unit"] == "%"
+        assert compared["held_out: eval margins"]["unit"] == "" and compared["held_out: stop rate"]["unit"] == "%"
 
 
 def test_pictures(monkeypatch, tmp_path, vision):
@@ -419,7 +427,7 @@ def test_pictures(monkeypatch, tmp_path, vision):
         content = [{"type": "image", "image": f"{number}.png"}, {"type": "text", "text": "where is it?"}]
         chosen, rejected = (
             [{"role": "user", "content": content}, {"role": "assistant", "content": text}]
-            for text in (f"at {number}", "I cannot see it")
+            for text in ("at the top", "I cannot see it")
         )
         lines.append({"id": str(number), "chosen": chosen, "rejected": rejected})
     path = tmp_path / "rows.jsonl"
