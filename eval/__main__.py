@@ -102,6 +102,7 @@ def score(flags: argparse.Namespace) -> None:
     from eval.evaluate import evaluate
     from eval.subject import find, read_settings
     from eval.tasks import find_task
+    from stages import sft
 
     task = find_task(flags.task)
     trained = read_settings(find(flags.model, flags.adapter).run)
@@ -122,8 +123,8 @@ def score(flags: argparse.Namespace) -> None:
         for row in records.bad:
             output.write(json.dumps(row, ensure_ascii=False) + "\n")
         result = evaluate(
-            subject.model, chosen, task, max_new_tokens=flags.max_new_tokens, batch_tokens=flags.batch_tokens,
-            output=output,
+            subject.model, chosen, task, stage=sft.Stage(sft.Flags(), subject.model), max_new_tokens=flags.max_new_tokens,
+            batch_tokens=flags.batch_tokens, output=output,
         )
     problems = records.bad + [line for line in result.lines if "problem" in line]
     figures = result.figures | {"num_rows": len(chosen) + len(records.bad), "num_problems": len(problems)}

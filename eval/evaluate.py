@@ -1,40 +1,39 @@
-"""Evaluation of a model on rows: the loss of the labels, and answers scored by a task's metrics.
+"""Evaluation of a model on rows: a stage's loss and figures, and answers scored by a task's metrics.
 
-The loss runs the packed path of training and keeps one number a token, never logits: its sum over all supervised tokens
-divided by their count, so that no row counts more for standing in a short batch. The question of a row is everything
+The loss is the stage's own, through the packed path of training, which never holds logits: its sum over all rows divided
+by what the stage divides by, so that no row counts more for standing in a short batch. The question of a row is everything
 before its last trained answer, the label is that answer; both are cut out of the ids that training sees. Each line is
 written when its answer is there, so what a killed run had finished is on disk. A row that cannot be encoded, or that a
 metric cannot judge, is a line with its problem, and no score of another row takes its place.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-import torch
 from tqdm import tqdm
 
-from data.batches import pack
 from data.errors import UserError
 from data.explain import explain
 from data.labels import NO_LOSS, Example
 from data.records import Record
-from eval.generate import Answer, generate
+from eval.generate import Answer, generate, inference
 from eval.metrics import Reply
 from eval.tasks import Task
 from model.family import Family, Model, images_of
-from model.head import negative_log_likelihood, per_token
 
 BATCHES_AT_ONCE = 4  # of examples in memory with their pictures: sorting by length needs some to choose from
 
 
 @dataclass
 class Evaluation:
-    """figures: name -> value over all rows (num_rows, num_problems, loss, num_tokens, with a task stop_rate and its
-    own); lines: one dict a row that was answered or has a problem."""
+    """figures: name -> value over all rows (num_rows, num_problems, num_tokens, with a stage loss and its own, with a task
+    stop_rate and its own); lines: one dict a row that was answered or has a problem."""
 
     figures: dict[str, float]
+    of_stage: list[str] = field(default_factory=list)  # the names of the stage's figures
     lines: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -43,13 +42,14 @@ def evaluate(
     records: Iterable[Record],
     task: Task | None = None,
     *,
+    stage: Any = None,
     max_new_tokens: int | None = None,
     max_length: int | None = None,
     batch_tokens: int = 16384,
     output: TextIO | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Evaluation:
-    """The loss of the labels and, with a task, greedy answers and their scores.
+    """With a stage its loss and figures and, with a task, greedy answers and their scores.
 
     A row is one line {**extra, id, where, image?, prompt, response, label, stopped, scores...}, one with a problem
     {**extra, id, where, problem}; lines go to output as JSON. A row longer than max_length is a problem, as it is in
@@ -57,7 +57,8 @@ def evaluate(
     put back, and no shared random state is drawn from.
     """
     records, lines = list(records), []
-    total, count = 0.0, 0
+    sums, total, num_tokens = Counter(), 0.0, 0
+    encode = stage.encode if stage else encoder(model.family, max_length)
 
     def write(line: dict[str, Any]) -> None:
         lines.append((extra or {}) | line)
@@ -66,9 +67,12 @@ def evaluate(
             output.flush()
 
     with tqdm(total=len(records), desc="evaluate", leave=False, disable=None) as bar:
-        for rows in cut(encode_rows(model.family, records, max_length, write), BATCHES_AT_ONCE * batch_tokens):
-            more, tokens = token_loss(model, [example for _, example in rows], batch_tokens)
-            total, count = total + more, count + tokens
+        for rows in cut(encode_rows(encode, records, write), BATCHES_AT_ONCE * batch_tokens):
+            num_tokens += sum(example.num_supervised for _, example in rows)
+            if stage is not None:
+                total += stage.denominator([example for _, example in rows])
+                sums.update(stage_sums(model, stage, [example for _, example in rows], batch_tokens))
+                rows = [(record, stage.sequences(example)[0]) for record, example in rows]
             if task is not None:
                 prompts = [prompt_of(model.family, example) for _, example in rows]
                 limit = max_new_tokens or task.max_new_tokens
@@ -77,21 +81,26 @@ def evaluate(
                     write(score(model.family, task, record, example, prompt, answer))
             bar.update(len(rows))
     good = [line for line in lines if "problem" not in line]
-    figures = {"num_rows": len(records), "num_problems": len(lines) - len(good), "num_tokens": count}
-    if count:
-        figures["loss"] = total / count
+    figures = {"num_rows": len(records), "num_problems": len(lines) - len(good), "num_tokens": num_tokens}
+    if total:
+        figures |= {name: value / total for name, value in sums.items()}
     if good:
         figures |= {"stop_rate": sum(line["stopped"] for line in good) / len(good), **task.summarize(good)}
-    return Evaluation(figures, lines)
+    return Evaluation(figures, list(sums), lines)
+
+
+def encoder(family: Family, max_length: int | None) -> Callable[[Record], Example]:
+    """What encodes a record where no stage does."""
+    return lambda record: family.encode(up_to_answer(record.messages), record.tools, max_length)
 
 
 def encode_rows(
-    family: Family, records: list[Record], max_length: int | None, write: Callable[[dict[str, Any]], None]
-) -> Iterator[tuple[Record, Example]]:
+    encode: Callable[[Record], Any], records: Iterable[Record], write: Callable[[dict[str, Any]], None]
+) -> Iterator[tuple[Record, Any]]:
     """Each record with its example; one that cannot be encoded is written as a line with the problem."""
     for record in records:
         try:
-            yield record, family.encode(up_to_answer(record.messages), record.tools, max_length)
+            yield record, encode(record)
         except UserError as error:
             write({"id": record.id, "where": record.where, "problem": str(error)})
 
@@ -115,22 +124,14 @@ def cut(rows: Iterable[tuple[Record, Example]], num_tokens: int) -> Iterator[lis
         yield some
 
 
-@torch.no_grad()
-def token_loss(model: Model, examples: list[Example], micro_tokens: int) -> tuple[float, int]:
-    """(sum of the negative log-likelihoods, number) of the supervised tokens, in eval mode."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    sums, count = [], 0
-    for row in pack(examples, micro_tokens):
-        packed = row.to(model.device)
-        where, target = packed.supervised()
-        if len(where):
-            losses = per_token(model.hidden(packed), model.head_weight, negative_log_likelihood, where, target)  # (n,)
-            sums.append(losses.double().sum())
-            count += len(where)
-    for module in training:
-        module.training = True
-    return float(sum(sums)), count
+def stage_sums(model: Model, stage: Any, examples: list[Any], micro_tokens: int) -> dict[str, float]:
+    """Sums of the stage's loss and figures over the examples, without dropout."""
+    sums = Counter()
+    with inference(model):
+        for row in stage.pack(examples, micro_tokens):
+            loss, figures = stage.loss(model, row.to(model.device), 1.0)
+            sums.update({name: float(value) for name, value in {"loss": loss, **figures}.items()})
+    return sums
 
 
 def answer_start(example: Example) -> int:

@@ -19,6 +19,7 @@ from lora.adapter import Settings, attach
 from lora.files import save_adapter
 from model import load_model
 from model.tiny import write_tiny
+from stages import sft
 
 TOOL = {
     "type": "function",
@@ -78,7 +79,7 @@ def test_loss_is_the_mean_over_all_supervised_tokens(place):
     supervised = torch.cat(losses)[torch.cat([e.labels[1:] != -100 for e in examples])]
     expected, total = supervised.mean().item(), len(supervised)
     for batch_tokens in (1, 100, 10**6):
-        found = evaluate(model, records, batch_tokens=batch_tokens)
+        found = evaluate(model, records, stage=sft.Stage(sft.Flags(), model), batch_tokens=batch_tokens)
         assert found.figures["loss"] == pytest.approx(expected, abs=1e-5)
         assert found.figures["num_tokens"] == total
         assert found.lines == []
