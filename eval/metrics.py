@@ -19,7 +19,11 @@ from eval.boxes import centre, holds, intersection_over_union, parse_boxes
 
 @dataclass
 class Reply:
-    """One row and the model's answer to it. label is the last assistant turn as the model would have to write it."""
+    """One row and the model's answer to it. label is the last assistant turn as the model would have to write it.
+
+    truth is what a problem's answer is checked against; messages are the turns before the answer; other is another
+    model's answer to the same row, where two are compared.
+    """
 
     id: str
     where: str
@@ -28,6 +32,9 @@ class Reply:
     label: str
     stopped: bool
     tools: list[dict] | None = None
+    messages: list[dict] | None = None
+    truth: dict[str, Any] | None = None
+    other: str | None = None
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,197 @@
+"""Countdown: the scorer against an oracle that never parses, the published rules against each other, the generator."""
+
+import random
+import re
+from fractions import Fraction
+
+import pytest
+
+from eval.rewards import countdown, cs224r, tinyzero
+
+TIMES, OVER = "\u00d7", "\u00f7"
+
+
+def tag(expression, before="", after=""):
+    return f"{before}<answer>{expression}</answer>{after}"
+
+
+# ---- the scorer against an oracle ------------------------------------------------------------------------------------
+
+
+def draw_tree(numbers, source):
+    """A random expression over all the numbers, in brackets where it must be and sometimes elsewhere: (its value or None,
+    its text, how tightly it binds)."""
+    if len(numbers) == 1:
+        value, text = Fraction(numbers[0]), str(numbers[0])
+        return (-value, f"(-{text})", 3) if source.random() < 0.05 else (value, text, 3)
+    cut = source.randint(1, len(numbers) - 1)
+    left, ours, left_binds = draw_tree(numbers[:cut], source)
+    right, theirs, right_binds = draw_tree(numbers[cut:], source)
+    sign = source.choice("+-*/" + TIMES + OVER)
+    binds = 1 if sign in "+-" else 2
+    ours = f"({ours})" if left_binds < binds else ours
+    theirs = f"({theirs})" if right_binds <= binds else theirs
+    blank = source.choice(["", " ", "  "])
+    text, value = f"{ours}{blank}{sign}{blank}{theirs}", None
+    if left is not None and right is not None and (right or sign not in "/" + OVER):
+        value = {"+": left + right, "-": left - right, "*": left * right, TIMES: left * right}.get(sign)
+        value = left / right if value is None else value
+    return (value, f"({text})", 3) if source.random() < 0.2 else (value, text, binds)
+
+
+def mutate(text, source):
+    """One change that leaves the language of the answers or the numbers: what a policy would try."""
+    place = source.randint(0, len(text))
+    junk = source.choice(["**2", "//1", ".5", "e1", "_0", "+0", "*1", " 7 ", "abs", "%", "(", ")", ",", "0x", "j", "==", "!",
+                          "\n#", "\u0663", "\u2212", "if", "[0]", "\x00", "'", "=1=1", "+-", "~", "()"])  # fmt: skip
+    return text[:place] + junk + text[place:]
+
+
+def check_random_expressions(count, seed):
+    """Compare the scorer with the oracle on `count` expressions; returns how many were right."""
+    source, num_right = random.Random(seed), 0
+    for number in range(count):
+        numbers = [source.randint(1, 99) for _ in range(source.randint(1, 5))]
+        value, text, _ = draw_tree(source.sample(numbers, len(numbers)), source)
+        whole = value is not None and value.denominator == 1
+        target = int(value) if whole and source.random() < 0.7 else source.randint(-5, 100)
+        kind, valid = source.randrange(6), value is not None
+        if kind == 1:
+            text += f"{source.choice(['', ' '])}= {target}\n"
+        elif kind == 2:
+            text, valid = f"{text} = {target + 1}", False
+        elif kind == 3:  # a number too many, too few, or another one
+            change = source.choice(["more", "fewer", "other"])
+            numbers = {"more": [*numbers, 1], "fewer": numbers[1:], "other": [numbers[0] + 100, *numbers[1:]]}[change]
+            valid = False
+        elif kind == 4:
+            text, valid = text.replace("*", "**", 1) if "*" in text else text + "//1", False
+        scores = countdown(tag(text, "<think>or <answer>1</answer>?</think>"), numbers, target)
+        correct = valid and value == target
+        assert scores["valid"] == valid and scores["correct"] == correct, (number, text, numbers, target)
+        assert scores["score"] == (1.0 if correct else 0.1) and scores["num_answers"] == 2
+        num_right += correct
+        if kind == 5:
+            changed = mutate(text, source)
+            found = countdown(tag(changed), numbers, target)
+            allowed = re.fullmatch(r"[-+*/() 0-9=\u00d7\u00f7\n]*", changed)
+            assert allowed or not found["valid"], (number, changed)
+    return num_right
+
+
+def test_random_and_adversarial_expressions_agree_with_the_oracle():
+    assert check_random_expressions(100_000, seed=1) > 15_000
+
+
+RIGHT = {  # numbers 3, 8, 8, 3; target 24
+    "8 / (3 - 8 / 3)": 1,
+    "8/(3-8/3) = 24": 1,
+    f"8 {OVER} (3 {TIMES} (8 {OVER} 8) - 3)": 0,
+    f"8 {OVER} (3 - 8 {OVER} 3)": 1,
+    "  8 / (3 -\n 8 / 3)\n": 1,
+    "--8 / (3 - 8 / 3)": 1,
+    "-8 / (8 / 3 - 3)": 1,
+    "8 / (3 - 8 / 3) = 25": 0,
+    "8 / (3 - 8 / 3) = 24 = 24": 0,
+    "24 = 8 / (3 - 8 / 3)": 0,
+    "8 / (3 - 8 / 3) = 24.0": 0,
+    "+8 / (3 - 8 / 3)": 0,
+    "8 / (3 - 8 / 3": 0,
+    "8 // (3 - 8 / 3)": 0,
+    "8 / (3 - 8 / 3) * 1": 0,
+    "3 * 8": 0,
+    "24": 0,
+    "8 / (8 / 8 - 3 / 3)": 0,
+    "(8)(3)(8)(3)": 0,
+    "8 8 3 3": 0,
+    "": 0,
+}
+
+
+@pytest.mark.parametrize("answer", RIGHT)
+def test_what_is_right(answer):
+    assert countdown(tag(answer), [3, 8, 8, 3], 24)["correct"] == RIGHT[answer]
+
+
+def test_what_is_reported():
+    def found(response):
+        return tuple(countdown(response, [2, 3], 6)[name] for name in ("score", "correct", "format", "valid", "num_answers"))
+
+    assert found(tag("2 * 3")) == (1, 1, 1, 1, 1)
+    assert found(tag("2 + 3")) == (0.1, 0, 1, 1, 1)
+    assert found(tag("2 + 2")) == (0.1, 0, 1, 0, 1)
+    assert found("2 * 3") == found("<answer>2 * 3") == found("</answer>2 * 3<answer>") == (0, 0, 0, 0, 0)
+    assert found(tag("2 + 3") + tag("2 * 3")) == (1, 1, 1, 1, 2)
+    assert found(tag("2 * 3") + tag("2 + 3")) == (0.1, 0, 1, 1, 2)  # the last one counts
+    assert found(tag("2 * 3", "I close with <answer>. ")) == (1, 1, 1, 1, 1)
+    assert found(tag("(2 - 2) / 3")) == (0.1, 0, 1, 0, 1) and countdown(tag("2 / (3 - 3)"), [2, 3, 3], 6)["valid"] == 0
+
+
+HOSTILE = {
+    "a tower": tag("99**99**99"),
+    "digits": tag("9" * 10**5),
+    "brackets": tag("(" * 50_000 + "2*3" + ")" * 50_000),
+    "signs": tag("-" * 10**5 + "2*3"),
+    "some signs": tag("-" * 296 + "2*3"),
+    "some brackets": tag("(" * 140 + "2*3" + ")" * 140),
+    "openings": "<answer>" * 12_000,
+    "closings": "</answer>" * 11_000,
+    "pairs": "<answer></answer>" * 6_000,
+    "lines": "<answer>\n" * 12_000,
+    "equals": tag("=" * 10**5),
+    "blanks": tag("2" + " " * 10**5 + "*3"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_answers_are_answered(name):
+    """A hang is what this finds: each takes less than a millisecond."""
+    for scorer in (countdown, cs224r, tinyzero):
+        found = scorer("Assistant:" + HOSTILE[name], [99, 99, 99] if name == "a tower" else [2, 3], 6)
+        assert found["correct"] == (name in ("blanks", "some brackets", "some signs")), found
+
+
+# ---- the published rules ---------------------------------------------------------------------------------------------
+
+PUBLISHED = [  # answer, numbers, target, by the published rules, by ours
+    ("2*3", [2, 3], 6, 1.0, 1.0),
+    ("2**3", [2, 3], 8, 1.0, 0.1),
+    ("7//2", [7, 2], 3, 1.0, 0.1),
+    ("1.5*2", [1, 5, 2], 3, 1.0, 0.1),
+    ("+2*3", [2, 3], 6, 1.0, 0.1),
+    ("2*3 = 6", [2, 3], 6, 0.1, 1.0),
+    (f"2 {TIMES} 3", [2, 3], 6, 0.1, 1.0),
+    ("1/3*3", [1, 3, 3], 1, 1.0, 1.0),
+    ("99999999/99999998", [99999999, 99999998], 1, 1.0, 0.1),  # within the tolerance of 1e-5
+    ("4**-1*4", [4, 1, 4], 1, 1.0, 0.1),
+    ("2*(3", [2, 3], 6, 0.1, 0.1),
+    ("2*2", [2, 3], 4, 0.1, 0.1),
+    ("02*3", [2, 3], 6, 0.1, 0.1),
+    ("2/(3-3)", [2, 3, 3], 6, 0.1, 0.1),
+    ("(2)(3)", [2, 3], 6, 0.1, 0.1),
+    ("99**99**99", [99, 99, 99], 5, 0.1, 0.1),
+    ("9**999", [9, 999], 5, 0.1, 0.1),
+]
+
+
+@pytest.mark.parametrize("answer, numbers, target, published, ours", PUBLISHED)
+def test_published_rules(answer, numbers, target, published, ours):
+    assert cs224r(tag(answer), numbers, target)["score"] == published
+    assert tinyzero("Assistant: <think>\n</think>\n" + tag(answer), numbers, target)["score"] == published
+    assert countdown(tag(answer), numbers, target)["score"] == ours
+
+
+def test_where_the_published_rules_look_for_the_answer():
+    right, wrong = tag("2*3"), tag("2+3")
+    for header in ("User: hi\nAssistant: ", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"):
+        assert tinyzero(header + right, [2, 3], 6)["score"] == 1
+        assert tinyzero(header + right + "\n", [2, 3], 6)["score"] == 0  # the last line is empty
+        assert tinyzero(header + right + "\nmore", [2, 3], 6)["score"] == 0
+    assert tinyzero(right, [2, 3], 6)["score"] == 0
+    assert tinyzero(right + "Assistant: ", [2, 3], 6)["score"] == 0
+    assert cs224r(right + "\nmore\n", [2, 3], 6)["score"] == 1
+    assert cs224r(wrong + "\n" + right, [2, 3], 6)["score"] == 1 and cs224r(right + wrong, [2, 3], 6)["score"] == 0.1
+    assert cs224r("<answer>2*\n3</answer>", [2, 3], 6)["score"] == 0  # over two lines, no answer at all
+    assert countdown("<answer>2*\n3</answer>", [2, 3], 6)["score"] == 1
+    assert cs224r("<answer>\n" + right, [2, 3], 6)["score"] == 1
+    assert cs224r("<answer>" + right, [2, 3], 6)["score"] == 0.1  # from the first opening of the line on
