@@ -88,7 +88,7 @@ class Run:
         # the rows, and the steps they make
         max_length = None if config.max_length == "auto" else config.max_length
         self.stage = stage_class(config.stage_options, self.model, max_length)
-        self.rows = open_rows(config, self.family, self.folder, resumed=self.found is not None)
+        self.rows = open_rows(config, self.family, self.folder, self.found is not None, self.stage.takes)
         dataset = Encoded(self.rows.train, self.stage.encode, self.rows.lengths.kept)
         self.batches = Batches(dataset, config.batch_size * config.grad_accum, config.seed, config.num_workers)
         self.last = optim.count_updates(config.epochs, config.max_steps, self.batches.steps_per_epoch)

@@ -10,13 +10,16 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.dialects import ID_KEYS, MAX_ROW_BYTES, Problem, decode, parts_of, read_objects, read_row, short
+from data.dialects import read_row
 from data.errors import UserError
 from data.images import OutsideRoot, find_image
+from data.turns import MAX_ROW_BYTES, Problem, decode, parts_of, read_objects, short
+
+ID_KEYS = ("id", "uid", "prompt_id")
 
 # ---- Files: where each row begins ----------------------------------------------------------------------------------
 
@@ -65,7 +68,11 @@ def _split_array(text: str, name: str) -> Iterator[tuple[int, int, int, bytes]]:
 
 @dataclass
 class Record:
-    """One conversation. messages: [{"role", "content": str | [text and image parts], "tool_calls"?, "train"?}]."""
+    """One row. messages: [{"role", "content": str | [text and image parts], "tool_calls"?, "train"?}].
+
+    A preference: messages end with the chosen answer, and rejected is the same conversation with the rejected one. A
+    problem: messages end with the user's turn, and truth is what a reward checks an answer against.
+    """
 
     id: str
     where: str  # "rows.jsonl:17"
@@ -73,13 +80,30 @@ class Record:
     tools: list[dict] | None
     dialect: str
     image_sizes: list[tuple[int, int]]  # (width, height) of each picture, in order
+    rejected: list[dict] | None = None
+    truth: dict | None = None
+
+    @property
+    def kind(self) -> str:
+        """"preference", "problem" or "conversation": what a stage says that it takes."""
+        if self.rejected is not None:
+            return "preference"
+        return "conversation" if self.truth is None or self.messages[-1]["role"] == "assistant" else "problem"
 
     def num_text_bytes(self) -> int:
         """UTF-8 bytes of texts, calls and tools: what the text tokens can be estimated from without tokenizing."""
-        texts = [part.get("text", "") for message in self.messages for part in parts_of(message["content"])]
-        calls = [message["tool_calls"] for message in self.messages if "tool_calls" in message]
+        turns = self.messages + (self.rejected or [])[-1:]
+        texts = [part.get("text", "") for turn in turns for part in parts_of(turn["content"])]
+        calls = [turn["tool_calls"] for turn in turns if "tool_calls" in turn]
         texts += [json.dumps([calls, self.tools], ensure_ascii=False)] if calls or self.tools else []
         return sum(len(text.encode()) for text in texts)
+
+
+KINDS = {
+    "conversation": "a conversation (it ends with an answer to learn)",
+    "preference": "a preference (a chosen and a rejected answer)",
+    "problem": "a problem (a prompt, and what its answer is checked against)",
+}
 
 
 class BadRows(UserError):
@@ -97,8 +121,9 @@ class Records:
     good rows by dialect. text_bytes[i], image_sizes[i]: what row i weighs, without reading it again.
     """
 
-    def __init__(self, path: Path, image_root: Path, allow_outside_images: bool):
+    def __init__(self, path: Path, image_root: Path, allow_outside_images: bool, takes: Collection[str] = KINDS):
         self.path = path
+        self.takes = takes
         self.bad: list[dict] = []
         self.notes, self.dialects = Counter(), Counter()
         self.text_bytes = array("Q")
@@ -133,13 +158,25 @@ class Records:
         ids = (row[key] for key in ID_KEYS if isinstance(row.get(key), str | int) and row[key] != "")
         row_id = str(next(ids, where))
         try:
-            turns, name = read_row(row, notes)
+            found = read_row(row, notes)
             tools = read_objects(row.get("tools"), "tools") or None
-            pictures = [part for turn in turns for part in parts_of(turn["content"]) if part["type"] == "image"]
-            return Record(row_id, where, turns, tools, name, [self._find(part) for part in pictures])
+            pictures = [part for turn in found.messages for part in parts_of(turn["content"]) if part["type"] == "image"]
+            sizes = [self._find(part) for part in pictures]
+            record = Record(row_id, where, found.messages, tools, found.dialect, sizes, found.rejected, found.truth)
+            self._check_kind(record.kind, notes)
+            return record
         except Problem as problem:
             problem.row_id = row_id
             raise
+
+    def _check_kind(self, kind: str, notes: Counter) -> None:
+        """Problem for a kind of row that is not taken; where conversations are, a preference is its chosen side."""
+        if kind in self.takes:
+            return
+        if kind != "preference" or "conversation" not in self.takes:
+            wanted = " or ".join(KINDS[name] for name in self.takes)
+            raise Problem(f"the row is {KINDS[kind]}", f"the stage takes {wanted}")
+        notes["preference read as its chosen answer alone"] += 1
 
     def _find(self, part: dict) -> tuple[int, int]:
         """Make the path of an image part absolute; (width, height) of its picture."""
@@ -192,9 +229,11 @@ class Records:
 
 def open_records(
     path: str | os.PathLike, image_root: str | os.PathLike | None = None,
-    allow_outside_images: bool = False, on_bad_row: str = "stop",
+    allow_outside_images: bool = False, on_bad_row: str = "stop", takes: Collection[str] = KINDS,
 ) -> Records:
     """Index a .json array or a .jsonl file and check every row; pictures lie below image_root (the file's own folder).
+
+    takes: the kinds of row that are good, as a stage names them.
 
     UserError for a file that cannot be read or holds no row; BadRows if a row is bad and on_bad_row is "stop". With
     "skip" the good rows come back, even if there are none.
@@ -204,7 +243,7 @@ def open_records(
         raise UserError(f"{path} is not a .json or .jsonl file; give one with a row a line, or with an array of rows")
     if image_root is not None and not os.path.isdir(image_root):
         raise UserError(f"--image_root {image_root} is not a folder")
-    records = Records(path, Path(path.parent if image_root is None else image_root), allow_outside_images)
+    records = Records(path, Path(path.parent if image_root is None else image_root), allow_outside_images, takes)
     with open(path, "rb") as file:
         head = file.read(4096)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):

@@ -6,7 +6,7 @@ never replaced by another. Held-out rows are drawn by the seed alone.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,12 @@ class Rows:
         self.bad_path.write_text("".join(json.dumps(row) + "\n" for row in self.bad), encoding="utf-8")
 
 
-def open_rows(config: Any, family: Any, folder: Path, resumed: bool = False) -> Rows:
+def open_rows(
+    config: Any, family: Any, folder: Path, resumed: bool = False, takes: Collection[str] = ("conversation",)
+) -> Rows:
     """Open config.data_path (and eval_path, several separated by commas, or eval_split rows of the same file).
+
+    takes: the kinds of row that the stage is for; one of another kind is a bad row.
 
     Raises UserError for rows that cannot be used, unless on_bad_row is "skip"; bad_rows.jsonl in `folder` lists all.
     A resumed run keeps those that it had found.
@@ -81,7 +85,7 @@ def open_rows(config: Any, family: Any, folder: Path, resumed: bool = False) -> 
     test_paths = [config.test_path] if config.test_path else []
     kinds = ["train"] + ["eval"] * len(eval_paths) + ["test"] * len(test_paths)
     for kind, path in zip(kinds, [config.data_path, *eval_paths, *test_paths], strict=True):
-        records = open_records(path, config.image_root, config.allow_outside_images, "skip")
+        records = open_records(path, config.image_root, config.allow_outside_images, "skip", takes)
         lengths = measure_rows(records, config, family)
         if rows is None:
             rows = Rows(records, lengths, bad_path, config.on_bad_row)
