@@ -10,6 +10,7 @@ metric cannot judge, is a line with its problem, and no score of another row tak
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, TextIO
 
 import torch
@@ -46,17 +47,22 @@ def evaluate(
     max_new_tokens: int | None = None,
     max_length: int | None = None,
     batch_tokens: int = 16384,
+    sampling: dict[str, Any] | None = None,
+    others: dict[str, str] | None = None,
     output: TextIO | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Evaluation:
-    """The loss of the labels and, with a task, greedy answers and their scores.
+    """The loss of the labels and, with a task, answers and their scores.
 
-    A row is one line {**extra, id, where, image?, prompt, response, label, stopped, scores...}, one with a problem
-    {**extra, id, where, problem}; lines go to output as JSON. A row longer than max_length is a problem, as it is in
+    An answer is one line {**extra, id, where, image?, prompt, response, label, truth?, stopped, answer_tokens, sample?,
+    scores...}, a row with a problem {**extra, id, where, problem}; lines go to output as JSON. sampling holds settings of
+    generate(), several samples of a row included; None is one greedy answer. others: where -> another model's answer, for
+    a metric that compares. A row longer than max_length is a problem, as it is in
     training. batch_tokens bounds the positions that run at once. Runs in the caller's autocast; the modules' modes are
     put back, and no shared random state is drawn from.
     """
     records, lines = list(records), []
+    num_samples = (sampling or {}).get("num_samples", 1)
     total, count = 0.0, 0
 
     def write(line: dict[str, Any]) -> None:
@@ -72,16 +78,20 @@ def evaluate(
             if task is not None:
                 prompts = [prompt_of(model.family, example) for _, example in rows]
                 limit = max_new_tokens or task.max_new_tokens
-                answers = generate(model, prompts, limit, batch_tokens=batch_tokens)
-                for (record, example), prompt, answer in zip(rows, prompts, answers, strict=True):
-                    write(score(model.family, task, record, example, prompt, answer))
+                answers = generate(model, prompts, limit, batch_tokens=batch_tokens, **(sampling or {}))
+                for number, ((record, example), prompt) in enumerate(zip(rows, prompts, strict=True)):
+                    for sample, answer in enumerate(answers[number * num_samples : (number + 1) * num_samples]):
+                        reply = reply_to(model.family, record, example, prompt, answer, others)
+                        write(score(task, reply, answer) | ({"sample": sample} if num_samples > 1 else {}))
             bar.update(len(rows))
     good = [line for line in lines if "problem" not in line]
-    figures = {"num_rows": len(records), "num_problems": len(lines) - len(good), "num_tokens": count}
+    bad = {line["where"] for line in lines if "problem" in line}
+    figures = {"num_rows": len(records), "num_problems": len(bad), "num_tokens": count}
     if count:
         figures["loss"] = total / count
     if good:
-        figures |= {"stop_rate": sum(line["stopped"] for line in good) / len(good), **task.summarize(good)}
+        figures |= {"stop_rate": fmean(line["stopped"] for line in good),
+                    "answer_tokens": fmean(line["answer_tokens"] for line in good), **task.summarize(good)}  # fmt: skip
     return Evaluation(figures, lines)
 
 
@@ -91,9 +101,16 @@ def encode_rows(
     """Each record with its example; one that cannot be encoded is written as a line with the problem."""
     for record in records:
         try:
-            yield record, family.encode(up_to_answer(record.messages), record.tools, max_length)
+            yield record, encode_row(family, record, max_length)
         except UserError as error:
             write({"id": record.id, "where": record.where, "problem": str(error)})
+
+
+def encode_row(family: Family, record: Record, max_length: int | None = None) -> Example:
+    """A record up to its last trained answer; of a problem the prompt, which has no label."""
+    if record.kind == "problem":
+        return family.encode_prompt(record.messages, record.tools)
+    return family.encode(up_to_answer(record.messages), record.tools, max_length)
 
 
 def up_to_answer(messages: list[dict]) -> list[dict]:
@@ -134,8 +151,10 @@ def token_loss(model: Model, examples: list[Example], micro_tokens: int) -> tupl
 
 
 def answer_start(example: Example) -> int:
-    """Where the last trained answer of an example begins."""
+    """Where the last trained answer of an example begins; the end of one without an answer."""
     trained = (example.labels != NO_LOSS).tolist()
+    if not any(trained):
+        return len(trained)
     place = len(trained) - trained[::-1].index(True)
     while place > 0 and trained[place - 1]:
         place -= 1
@@ -156,17 +175,38 @@ def label_of(family: Family, example: Example) -> str:
     return family.answer_text(text)
 
 
-def score(
-    family: Family, task: Task, record: Record, example: Example, prompt: Example, answer: Answer
-) -> dict[str, Any]:
+def label_from(truth: dict[str, Any]) -> str:
+    """What a problem's answer is checked against, as an answer would write it: {"answer": text}, {"box": [..]}; else JSON."""
+    if isinstance(truth.get("answer"), str):
+        return truth["answer"]
+    if "box" in truth:
+        return "<box>{} {} {} {}</box>".format(*truth["box"])
+    return json.dumps(truth, ensure_ascii=False)
+
+
+def reply_to(
+    family: Family, record: Record, example: Example, prompt: Example, answer: Answer, others: dict[str, str] | None = None
+) -> Reply:
+    """What a metric is given about an answered row."""
+    problem = record.kind == "problem"
+    return Reply(
+        id=record.id, where=record.where, prompt=explain(prompt, family.tokenizer, colour=False), response=answer.text,
+        label=label_from(record.truth) if problem else label_of(family, example), stopped=answer.stopped,
+        tools=record.tools, truth=record.truth, other=(others or {}).get(record.where),
+        messages=record.messages if problem else up_to_answer(record.messages)[:-1],
+    )
+
+
+def score(task: Task, reply: Reply, answer: Answer) -> dict[str, Any]:
     """The line of an answered row."""
-    place = {"id": record.id, "where": record.where}
-    pictures = [image for image in images_of(record.messages) if isinstance(image, str)]
+    line: dict[str, Any] = {"id": reply.id, "where": reply.where}
+    pictures = [image for image in images_of(reply.messages) if isinstance(image, str)]
     if pictures:
-        place["image"] = pictures[0] if len(pictures) == 1 else pictures
-    text = explain(prompt, family.tokenizer, colour=False)
-    reply = Reply(record.id, record.where, text, answer.text, label_of(family, example), answer.stopped, record.tools)
-    line = place | {"prompt": text, "response": answer.text, "label": reply.label, "stopped": answer.stopped}
+        line["image"] = pictures[0] if len(pictures) == 1 else pictures
+    line |= {"prompt": reply.prompt, "response": reply.response, "label": reply.label, "stopped": reply.stopped,
+             "answer_tokens": len(answer.ids)}  # fmt: skip
+    if reply.truth is not None:
+        line["truth"] = reply.truth
     try:
         return line | {name: float(value) for metric in task.metrics for name, value in metric(reply).items()}
     except Exception as error:  # a metric may be anyone's: its fault with one row must not end a night's run

@@ -1,8 +1,9 @@
 """Rewards: one number for an answer, from rules that a policy cannot hang or talk its way around.
 
 A reward is a metric (eval/metrics.py) that names one of its numbers "score": the same function judges evaluation and
-RLOO. find_reward() gives a function from a list of answered rows, as a learned reward needs it; a reward of your own is a function from one Reply to {"score": ..}, named `module:function`. Countdown answers are parsed as
-syntax trees over fractions and never run as code; any answer, however long, costs well under a millisecond.
+RLOO. find_reward() gives a function of a list of answered rows, as a learned reward (eval/judges.py) needs it; a reward
+of your own is a function from one Reply to {"score": ..}, named `module:function`. Countdown answers are parsed as syntax
+trees over fractions and never run as code; any answer, however long, costs less than a millisecond.
 """
 
 import ast
@@ -12,6 +13,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
@@ -173,13 +175,24 @@ RULES: dict[str, Callable[[Reply], dict[str, float]]] = {
 }
 
 
-def find_reward(name: str) -> Reward:
-    """The reward of this name: a rule, or module:function of yours. Raises UserError for a name that is neither."""
+def find_reward(name: str, folder: Path | None = None, requests_per_minute: float = 0) -> Reward:
+    """The reward of this name: a rule, the folder of a reward model, MODEL@URL of a server, or module:function of yours.
+
+    What a server replies is kept in `folder`. Raises UserError for a name that is none of these.
+    """
     if name in RULES:
         return partial(each, RULES[name])
+    if "@http" in name:
+        from eval.judges import ServedReward, Server
+
+        return ServedReward(Server(name, folder, requests_per_minute))
+    if Path(name).is_dir():
+        from eval.judges import RewardModel
+
+        return RewardModel(name)
     module, _, function = name.partition(":")
     if not function:
-        raise UserError(f"--reward {name}: not one of {', '.join(RULES)}, nor module:function")
+        raise UserError(f"--reward {name}: not one of {', '.join(RULES)}, no folder, no MODEL@URL, nor module:function")
     try:
         return partial(each, getattr(importlib.import_module(module), function))
     except (ImportError, AttributeError) as error:

@@ -1,11 +1,20 @@
 """Countdown: the scorer against an oracle that never parses, the published rules against each other, the generator."""
 
+import itertools
+import json
 import random
 import re
+import subprocess
+import sys
 from fractions import Fraction
 
 import pytest
+from conftest import ROOT
 
+import data.make as data_make
+from data.errors import UserError
+from data.make import draw_problems, reachable, render, solve
+from data.records import open_records
 from eval.rewards import countdown, cs224r, tinyzero
 
 TIMES, OVER = "\u00d7", "\u00f7"
@@ -195,3 +204,82 @@ def test_where_the_published_rules_look_for_the_answer():
     assert countdown("<answer>2*\n3</answer>", [2, 3], 6)["score"] == 1
     assert cs224r("<answer>\n" + right, [2, 3], 6)["score"] == 1
     assert cs224r("<answer>" + right, [2, 3], 6)["score"] == 0.1  # from the first opening of the line on
+
+
+# ---- the generator ---------------------------------------------------------------------------------------------------
+
+
+def every_value(numbers):
+    """All values of all the numbers by joining any two of them until one is left: slow, and another way than ours."""
+    if len(numbers) == 1:
+        return {numbers[0]}
+    found = set()
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        rest = [number for place, number in enumerate(numbers) if place not in (i, j)]
+        a, b = numbers[i], numbers[j]
+        for value in [a + b, a - b, a * b] + ([a / b] if b else []):
+            found |= every_value([*rest, value])
+    return found
+
+
+@pytest.mark.parametrize("numbers", [[7], [3, 3], [1, 2, 3], [44, 19, 35], [3, 8, 8, 3], [0, 5, 5, 1]])
+def test_the_solver_finds_every_value_and_how(numbers):
+    found = reachable(numbers)
+    assert set(found) == every_value([Fraction(number) for number in numbers])
+    for value, tree in found.items():
+        assert countdown(tag(render(tree)), numbers, value)["correct"] == 1, (value, render(tree))
+    assert solve(numbers, 10**6) is None
+
+
+def test_problems_are_different_solvable_and_a_function_of_the_seed():
+    rows = list(draw_problems(100, 7, [3, 4], 20, 10, 30))
+    assert rows == list(draw_problems(100, 7, [3, 4], 20, 10, 30)) != list(draw_problems(100, 8, [3, 4], 20, 10, 30))
+    assert len({(*sorted(row["nums"]), row["target"]) for row in rows}) == len({row["id"] for row in rows}) == 100
+    assert {len(row["nums"]) for row in rows} == {3, 4} and max(n for row in rows for n in row["nums"]) <= 20
+    for row in rows:
+        assert 10 <= row["target"] <= 30
+        assert countdown(tag(row["solution"]), row["nums"], row["target"])["score"] == 1
+    with pytest.raises(UserError, match="--max_number"):
+        list(draw_problems(1000, 0, [2], 3, 1, 9))
+
+
+def make(folder, *flags):
+    command = [sys.executable, "-m", "data", "make", "countdown", "--output_dir", folder, *flags]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_writes_rows_that_are_read_as_problems_and_answers_that_score(tmp_path):
+    done = make(tmp_path, "--num", 40, "--num_test", 10, "--numbers", 2, 3, "--max_number", 9, "--seed", 3, "--with_answers")
+    assert done.returncode == 0, done.stderr
+    train, test, answers = (open_records(tmp_path / f"{name}.jsonl") for name in ("train", "test", "answers"))
+    assert (len(train), len(test), len(answers)) == (40, 10, 40)
+    tried = 0
+    for problem, answer in zip(train, answers, strict=True):
+        assert problem.kind == "problem" and answer.kind == "conversation" and problem.id == answer.id
+        *question, reply = answer.messages
+        assert question == problem.messages  # the words that reinforcement asks with
+        assert countdown(reply["content"], **problem.truth)["score"] == 1
+        *misses, hit = reply["content"].partition("</think>")[0].removeprefix("<think>").strip().split("\n")
+        for line in misses:
+            expression, _, value = line.partition(" = ")
+            value, _, missed = value.partition(", not ")
+            assert countdown(tag(expression), problem.truth["numbers"], Fraction(value))["correct"] == 1
+            assert int(missed) == problem.truth["target"] != Fraction(value)
+        tried += len(misses)
+        assert countdown(tag(hit), **problem.truth)["correct"] == 1
+    assert tried > 20
+    lines = [json.loads(line) for name in ("train", "test") for line in (tmp_path / f"{name}.jsonl").open()]
+    assert len({(*sorted(line["nums"]), line["target"]) for line in lines}) == 50
+
+
+def test_the_real_set_is_cut_as_tinyzero_cuts_it(tmp_path, monkeypatch):
+    rows = list(draw_problems(30, 0, [2], 20, 1, 40))
+    source = tmp_path / "real.jsonl"
+    source.write_text("".join(json.dumps({"nums": row["nums"], "target": row["target"]}) + "\n" for row in rows))
+    assert (data_make.TINYZERO_TRAIN, data_make.TINYZERO_TEST) == (327_680, 1_024)
+    done = make(tmp_path, "--source", source)
+    assert done.returncode == 2 and "the file has 30 rows" in done.stderr and done.stderr.count("\n") == 1
+    monkeypatch.setattr(data_make, "TINYZERO_TRAIN", 20)
+    train, test = data_make.read_real(source, 5, 3)
+    for found, expected in ((train, rows[:5]), (test, rows[20:23])):
+        assert [(row["nums"], row["target"]) for row in found] == [(row["nums"], row["target"]) for row in expected]

@@ -1,11 +1,21 @@
 """Rewards by name, GUI actions by the published rules, and learned rewards against what they are made of."""
 
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from data.errors import UserError
 from eval.actions import Action, parse_actions, step_success
+from eval.judges import Server
 from eval.metrics import Reply
 from eval.rewards import RULES, find_reward
+from eval.tasks.win_rate import compare
+from model.tiny import write_tiny
 
 
 def reply(response, label="", truth=None, prompt="", stopped=True, **more):
@@ -152,3 +162,184 @@ def test_types_are_compared_as_a_list_and_clicks_alone():
     assert step_success(reply("click, <box>2 2 3 3</box>", label))["type_match"] == 0.0
     with pytest.raises(UserError, match="no action"):
         step_success(reply("enter", "I press enter"))
+
+
+# ---- learned rewards -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory):
+    """A tiny sequence classifier with one output, with a tokenizer and its chat template."""
+    folder = tmp_path_factory.mktemp("reward")
+    write_tiny("qwen2", folder)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder, num_labels=1)
+    net = AutoModelForSequenceClassification.from_config(config)
+    net.config.pad_token_id = 0
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    net.save_pretrained(folder)
+    return folder
+
+
+QUESTION = [{"role": "user", "content": [{"type": "text", "text": "How high is "}, {"type": "text", "text": "K2?"}]}]
+
+
+def test_a_reward_model_gives_its_output_for_the_conversation(reward_folder):
+    replies = [reply(text, messages=QUESTION) for text in ("8611 m", "I do not know, but it is a very high one", "8611 m")]
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # the policy's precision is not the judge's
+        found = find_reward(str(reward_folder))(replies)
+    tokenizer = AutoTokenizer.from_pretrained(reward_folder)
+    net = AutoModelForSequenceClassification.from_pretrained(reward_folder).eval()
+    for answered, values in zip(replies, found, strict=True):
+        turns = [{"role": "user", "content": "How high is K2?"}, {"role": "assistant", "content": answered.response}]
+        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=False)
+        with torch.no_grad():
+            assert values["score"] == pytest.approx(net(ids).logits.item(), abs=1e-6)
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_folder_that_is_no_reward_model_is_refused(tmp_path, reward_folder):
+    with pytest.raises(UserError, match="no sequence classifier"):
+        find_reward(str(tmp_path))
+    shutil.copytree(reward_folder, tmp_path / "two")
+    config = json.loads((tmp_path / "two" / "config.json").read_text()) | {"id2label": {"0": "a", "1": "b"}}
+    (tmp_path / "two" / "config.json").write_text(json.dumps(config))
+    AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(tmp_path / "two")).save_pretrained(
+        tmp_path / "two"
+    )
+    with pytest.raises(UserError, match="2 outputs"):
+        find_reward(str(tmp_path / "two"))
+
+
+def test_a_picture_is_no_text(reward_folder):
+    pictured = [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]
+    with pytest.raises(UserError, match="picture"):
+        find_reward(str(reward_folder))([reply("a", messages=pictured)])
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """Answers with the next of `replies`: (status, body) or a function from the request to a text."""
+
+    replies: list = []
+    requests: list = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.requests.append((self.path, self.headers.get("Authorization"), body))
+        found = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        status, text = (200, found(body)) if callable(found) else found
+        if status == 200:
+            text = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+        self.send_response(status)
+        self.send_header("Retry-After", "0")
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """(MODEL@URL, the class whose replies and requests are the server's)."""
+    FakeServer.replies, FakeServer.requests = [], []
+    monkeypatch.delenv("REWARD_API_KEY", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), FakeServer) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"judge/model@http://127.0.0.1:{running.server_port}/v1", FakeServer
+        running.shutdown()
+
+
+def test_a_served_reward_is_asked_once_for_each_answer(server, tmp_path, monkeypatch):
+    name, fake = server
+    monkeypatch.setenv("REWARD_API_KEY", "secret")
+    fake.replies = [lambda body: f"reward:-{len(body['messages'][-1]['content'])}.5"]
+    replies = [reply(text, messages=QUESTION) for text in ("a", "bb", "ccc")]
+    for _ in range(2):
+        assert [values["score"] for values in find_reward(name, tmp_path)(replies)] == [-1.5, -2.5, -3.5]
+    assert len(fake.requests) == 3  # the second time all are in the cache
+    path, key, body = min(fake.requests, key=lambda request: len(request[2]["messages"][-1]["content"]))
+    assert (path, key) == ("/v1/chat/completions", "Bearer secret")
+    assert body == {"model": "judge/model", "messages": [
+        {"role": "user", "content": "How high is K2?"}, {"role": "assistant", "content": "a"}]}  # fmt: skip
+    assert "secret" not in (tmp_path / "reward_cache.jsonl").read_text()
+    with open(tmp_path / "reward_cache.jsonl", "a") as file:
+        file.write('{"key": "half a li')  # a kill
+    assert find_reward(name, tmp_path)(replies)[0]["score"] == -1.5 and len(fake.requests) == 3
+
+
+SCORES = {"reward:-4.125": -4.125, " 1.5\n": 1.5, "helpfulness:1.25,correctness:2,verbosity:0.5": 1.25, "reward: 3e-2": 0.03}
+
+
+@pytest.mark.parametrize("text", SCORES)
+def test_spellings_of_a_served_score(server, text):
+    name, fake = server
+    fake.replies = [(200, text)]
+    assert find_reward(name)([reply("a", messages=QUESTION)])[0]["score"] == SCORES[text]
+
+
+def test_a_busy_server_is_asked_again_and_one_that_refuses_is_not(server, monkeypatch):
+    name, fake = server
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    fake.replies = [(429, "slow down"), (503, "soon"), (200, "reward:1.0")]
+    assert find_reward(name)([reply("a", messages=QUESTION)])[0]["score"] == 1.0
+    assert len(fake.requests) == 3
+    wrong = {"401": [(401, "no key")], "in 6 tries": [(500, "never")], "no reward but 'Nice!'": [(200, "Nice!")]}
+    for sentence, replies in wrong.items():
+        fake.replies = replies
+        with pytest.raises(UserError, match=sentence):
+            find_reward(name)([reply("a", messages=QUESTION)])
+    nobody = "m@http://127.0.0.1:9/v1"
+    with pytest.raises(UserError, match="127.0.0.1:9"):
+        find_reward(nobody)([reply("a", messages=QUESTION)])
+
+
+def test_requests_are_spaced(server, monkeypatch):
+    clock, slept = [100.0], []
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("time.sleep", lambda seconds: (slept.append(seconds), clock.__setitem__(0, clock[0] + seconds)))
+    asked = Server("m@http://127.0.0.1/v1", requests_per_minute=30)
+    for _ in range(3):
+        asked.wait_for_turn()
+    assert slept == [0, 2, 2]
+
+
+# ---- which of two answers --------------------------------------------------------------------------------------------
+
+
+def win(metric, ours, theirs):
+    found = metric(reply(ours, messages=QUESTION, other=theirs))
+    return found["win"], found["order_agreement"]
+
+
+def test_a_score_decides_between_two_answers():
+    metric = compare("text")
+    for ours, theirs, expected in (("8611 m", "?", 1.0), ("?", "8611 m", 0.0), ("?", "!", 0.5)):
+        found = metric(reply(ours, "8611 m", other=theirs))
+        assert found == {"win": expected, "order_agreement": 1.0}
+    with pytest.raises(UserError, match="no answer"):
+        metric(reply("8611 m", "8611 m"))
+
+
+def test_a_chat_model_is_shown_both_orders(server):
+    name, fake = server
+
+    def prefers_longer(body):
+        text = body["messages"][0]["content"]
+        assert "user: How high is K2?" in text
+        first, second = (part.split("\n\n")[0] for part in text.split("[Answer ")[1:])
+        return "A." if len(first) > len(second) else "Answer: **B**"
+
+    metric = compare("pairwise:" + name)
+    fake.replies = [prefers_longer]
+    assert win(metric, "a long answer", "short") == (1, 1) and win(metric, "short", "a long answer") == (0, 1)
+    fake.replies = [lambda body: "A"]  # whatever stands first
+    assert win(metric, "some", "other") == (0.5, 0)
+    fake.replies = [lambda body: "C"]
+    assert win(metric, "this", "that") == (0.5, 1)
+    fake.replies = [lambda body: "A better answer is B"]  # which A is meant?
+    with pytest.raises(UserError, match="neither A, B nor C"):
+        win(metric, "x", "y")
+    assert len(fake.requests) == 7  # the other way round is the same two questions
