@@ -7,13 +7,13 @@ one that asks for more is taken (see `has`), and the log says which.
 """
 
 import importlib
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.turns import MARK, Problem, decode, finish_turns, place_pictures, read_pictures, read_turn, short
+from data.template import Template
+from data.turns import MARK, Problem, finish_turns, place_pictures, read_pictures, read_turn, short
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,12 @@ class Dialect:
     name: str
     recognises: Callable[[dict], bool]
     read: Callable[[dict], "list | Preference | Question"]
-    marks: bool  # <image> or <image_1> in a user turn always stands for a picture; else only in a row that has pictures
-    last: bool  # pictures without a mark go in front of the last user turn, else of the first
-    gap: str  # the text between such pictures and the turn
+    marks: bool = False  # <image> or <image_1> in a user turn always stands for a picture; else only in a row that has some
+    last: bool = False  # pictures without a mark go in front of the last user turn, else of the first
+    gap: str = ""  # the text between such pictures and the turn
+    pictures: bool = True  # the row's image, images or screenshot are the conversation's; else read(row) has placed them
+    measures: bool = False  # read(row, size_of): size_of(path) is (width, height) of a picture that the row names
+    note: Callable[[dict], str] = lambda row: ""  # what the log counts about a row, "" for nothing
 
 
 DIALECTS: list[Dialect] = []  # asked in this order: who asks a row for more comes first, of equals the newest
@@ -78,16 +81,20 @@ def has(*keys: str, when: Callable[[dict], bool] | None = None) -> Has:
     return Has(frozenset(keys), when)
 
 
-def dialect(name: str, recognises: Callable[[dict], bool], *, marks: bool = False, last: bool = False, gap: str = ""):
-    """Add the decorated function, read(row) -> turns, to the table. It may raise Problem.
+def dialect(name: str, recognises: Callable[[dict], bool], **options):
+    """Add the decorated function, read(row) -> turns, to the table, with Dialect's options. It may raise Problem.
 
     A function of your own as `recognises` is asked before every has(..).
     """
     def register(read: Callable[[dict], list]) -> Callable[[dict], list]:
-        DIALECTS.insert(0, Dialect(name, recognises, read, marks, last, gap))
+        DIALECTS.insert(0, Dialect(name, recognises, read, **options))
         DIALECTS.sort(key=lambda entry: -getattr(entry.recognises, "demands", 1000))
         return read
     return register
+
+
+# A table has whatever columns it has, so no dialect but the run's own template can know what they mean.
+TABLE = Dialect("table", lambda row: True, Template.read, pictures=False)
 
 
 def find_dialect(row: dict, notes: Counter) -> Dialect:
@@ -103,67 +110,33 @@ def find_dialect(row: dict, notes: Counter) -> Dialect:
     return found
 
 
-def _has_cogagent_picture(row: dict) -> bool:
-    messages = row["messages"]
-    return isinstance(messages, list) and any(isinstance(item, dict) and "image" in item for item in [row, *messages])
+def read_row(
+    row: dict, notes: Counter, template: Template | None = None,
+    size_of: Callable[[str], tuple[int, int]] | None = None,
+) -> Reading:
+    """A row's turns with roles, parts, calls and picture places in one form, and the name of its dialect.
 
-
-@dialect("messages", has("messages"))
-def _read_messages(row: dict) -> list:
-    return row["messages"]
-
-
-@dialect("CogAgent", has("messages", when=_has_cogagent_picture), last=True)
-def _read_cogagent(row: dict) -> list:
-    return row["messages"]
-
-
-@dialect("GUICourse", has("conversations"), marks=True, gap="\n")
-def _read_guicourse(row: dict) -> list:
-    return row["conversations"]
-
-
-@dialect("prompt/completion", has("prompt", "completion"))
-def _read_completion(row: dict, key: str = "prompt") -> list:
-    prompt, answer = row[key], row["completion"]
-    prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-    # What the assistant said before the completion is context, not something to learn.
-    return [turn | {"train": False} if turn.get("role") == "assistant" else turn for turn in prompt] + answer
-
-
-@dialect("query/completion", has("query", "completion"))
-def _read_query(row: dict) -> list:
-    return _read_completion(row, "query")
-
-
-@dialect("text + screenshot", has("text", "screenshot"), marks=True, last=True)
-def _read_chat_text(row: dict) -> list:
-    """A chat rendered with Qwen's template, taken apart again so that its answers are known from its prompts."""
-    turn = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\n?|\Z)", re.DOTALL)
-    if turn.sub("", row["text"]).strip() or not turn.search(row["text"]):
-        raise Problem("text without chat markup", "prompt and answer cannot be told apart; write <|im_start|>user ... "
-                      "<|im_end|> turns into it, or give the row as messages or as prompt and completion")
-    turns = []
-    for role, content in turn.findall(row["text"].replace("<|vision_start|><|image_pad|><|vision_end|>", MARK)):
-        content, *calls = re.split(r"\n?<tool_call>", content) if role == "assistant" else [content]
-        calls = [decode(call.strip().removesuffix("</tool_call>")) for call in calls]
-        turns.append({"role": role, "content": content, "tool_calls": calls})
-    return turns
-
-
-def read_row(row: dict, notes: Counter) -> Reading:
-    """A row's turns with roles, parts, calls and picture places in one form, and the name of its dialect; pictures are
-    not opened. Raises Problem."""
+    template puts any row, or a problem's prompt, in the words of a run. size_of gives (width, height) of a picture that a
+    row names; none is decoded. Raises Problem.
+    """
     name = "a row"
     try:
-        found = find_dialect(row, notes)
+        found = find_dialect(row, notes) if template is None or template.response is None else TABLE
         name = found.name
-        items = found.read(row)
+        if found is TABLE:
+            items = template.read(row)
+        else:
+            items = found.read(row, size_of) if found.measures else found.read(row)
         if not isinstance(items, list | Preference | Question):
             raise TypeError(f"the turns are not a list but {short(items)}")
+        if note := found.note(row):
+            notes[note] += 1
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise Problem(f"not readable as {name}", f"{type(error).__name__} {error}") from None
+    if template is not None and found is not TABLE:
+        if not isinstance(items, Question):
+            raise Problem("--prompt_template alone is for problems", f"this is {name}; add --response_template")
+        items = Question([template.ask(row)], items.truth)
     if isinstance(items, Question):
         return Reading(_read_turns(row, items.turns, found, notes, "prompt"), name, truth=items.truth)
     if isinstance(items, Preference):
@@ -175,10 +148,10 @@ def read_row(row: dict, notes: Counter) -> Reading:
 
 def _read_turns(row: dict, items: list, found: Dialect, notes: Counter, side: str = "answer") -> list[dict]:
     """The turns that a dialect gave, with the row's system turn and pictures, in one form."""
-    if row.get("system"):
+    if row.get("system") and found is not TABLE:
         items = [{"role": "system", "content": row["system"]}, *items]
     turns = [read_turn(item, number, notes) for number, item in enumerate(items, 1)]
-    pictures = read_pictures(row)
+    pictures = read_pictures(row) if found.pictures else []
     if pictures or found.marks or any(isinstance(turn["content"], list) for turn in turns):
         place_pictures(turns, pictures, bool(pictures) or found.marks, found.last, found.gap)
     elif any(MARK in turn["content"] for turn in turns if turn["role"] == "user"):

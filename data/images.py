@@ -5,13 +5,19 @@ single pixel is decoded, only five plain formats are tried, and whatever the dec
 that names the file. EXIF orientation is NOT applied: the original Qwen, MiniCPM, CogAgent and Phi-3 code reads the
 stored pixels too, and boxes in the rows are written for those. A header costs under 0.1 ms, an annotated screenshot
 (1330 x 1970) about 0.2 s and 63 MB of patches; nothing is cached.
+
+A picture is named by a path, or by a data URL that holds it (saved runs of agents do); "page.png#xywh=0,720,1280,720", the
+notation of W3C's Media Fragments, is a part of a picture, cut out when it is opened.
 """
 
+import base64
 import math
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -25,6 +31,8 @@ MAX_DECODED_PIXELS = 50_000_000  # 150 MB as RGB; a page of 1,280 x 7,412, which
 MAX_FILE_BYTES = 64 * 2**20
 MAX_ASPECT_RATIO = 200
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+FRAGMENT = re.compile(r"#xywh=(\d{1,6}),(\d{1,6}),(\d{1,6}),(\d{1,6})\Z")
+DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
 
 
 class OutsideRoot(UserError):
@@ -35,9 +43,34 @@ class OutsideRoot(UserError):
         self.folder = folder
 
 
+def find_image(name: str, root: str, data_folder: str, anywhere: bool) -> tuple[str, tuple[int, int]]:
+    """(name with an absolute path, (width, height)) of the picture, or part of one, that a row names; see find_file."""
+    if DATA_URL.match(name):
+        return name, image_size(name)
+    path, part = split_part(name)
+    found, size = find_file(path, root, data_folder, anywhere)
+    if part is None:
+        return found, size
+    return f"{found}{name[len(path):]}", check_part(part, size, f"picture {found}")
+
+
+def split_part(name: str) -> tuple[str, tuple[int, int, int, int] | None]:
+    """(name without its fragment, (left, top, width, height) of the part that the fragment asks for, or None)."""
+    found = FRAGMENT.search(name)
+    return (name[: found.start()], tuple(map(int, found.groups()))) if found else (name, None)
+
+
+def check_part(part: tuple[int, int, int, int], size: tuple[int, int], name: str) -> tuple[int, int]:
+    """(width, height) of a part. UserError unless it lies in a picture of that size."""
+    left, top, width, height = part
+    if not (width and height) or left + width > size[0] or top + height > size[1]:
+        raise UserError(f"{name} is {size[0]} x {size[1]}, which has no part #xywh={left},{top},{width},{height}")
+    return width, height
+
+
 @lru_cache(maxsize=65536)  # many rows of a data set ask about one screenshot
-def find_image(path: str, root: str, data_folder: str, anywhere: bool) -> tuple[str, tuple[int, int]]:
-    """(absolute path, (width, height)) of a picture that a row names; `root` and `data_folder` are real paths.
+def find_file(path: str, root: str, data_folder: str, anywhere: bool) -> tuple[str, tuple[int, int]]:
+    """(absolute path, (width, height)) of a picture file that a row names; `root` and `data_folder` are real paths.
 
     A relative path starts from the root, else from the data file's folder, so that whatever an error proposes as root
     works for the same rows. Links are followed before the comparison: none leads out of the root. OutsideRoot, or
@@ -60,27 +93,42 @@ def find_image(path: str, root: str, data_folder: str, anywhere: bool) -> tuple[
     raise OutsideRoot(f"{target}{gone} is not below {root}; --image_root {folder} would admit it", folder)
 
 
-def _open_header(path: str | os.PathLike) -> Image.Image:
-    """The picture with its header read and its size checked, no pixel decoded yet."""
-    if not os.path.isfile(path):  # also keeps pipes and devices out, which would never end
-        raise UserError(f"picture {path} does not exist or is not a file")
-    num_bytes = os.path.getsize(path)
+def _open_header(source: str | os.PathLike) -> Image.Image:
+    """The picture of a path or data URL with its header read and its size checked, no pixel decoded yet."""
+    name = _name_of(source)
+    if isinstance(source, str) and (found := DATA_URL.match(source)):
+        try:
+            file = BytesIO(base64.b64decode(source[found.end() :], validate=True))
+        except ValueError as error:
+            raise UserError(f"{name} is not base64 ({error})") from None
+        num_bytes = file.getbuffer().nbytes
+    else:
+        if not os.path.isfile(source):  # also keeps pipes and devices out, which would never end
+            raise UserError(f"{name} does not exist or is not a file")
+        file, num_bytes = source, os.path.getsize(source)
     if num_bytes > MAX_FILE_BYTES:
-        raise UserError(f"picture {path} is {num_bytes:,} bytes on disk, more than {MAX_FILE_BYTES:,}; save it smaller")
+        raise UserError(f"{name} is {num_bytes:,} bytes on disk, more than {MAX_FILE_BYTES:,}; save it smaller")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower limit follows
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise UserError(f"picture {path} is not one of {', '.join(FORMATS)}, or its header is damaged") from None
+        raise UserError(f"{name} is not one of {', '.join(FORMATS)}, or its header is damaged") from None
     except Exception as error:  # decoders meet hostile bytes with errors of every type
-        raise UserError(f"picture {path} cannot be opened: {error}") from None
+        raise UserError(f"{name} cannot be opened: {error}") from None
     try:
-        _check_pixels(image, f"picture {path}")
+        _check_pixels(image, name)
     except UserError:
         image.close()
         raise
     return image
+
+
+def _name_of(source: str | os.PathLike | Image.Image) -> str:
+    """What an error calls a picture."""
+    if isinstance(source, Image.Image):
+        return "a picture given as a PIL object"
+    return "a picture given as a data URL" if isinstance(source, str) and DATA_URL.match(source) else f"picture {source}"
 
 
 def _check_pixels(image: Image.Image, name: str) -> None:
@@ -89,27 +137,30 @@ def _check_pixels(image: Image.Image, name: str) -> None:
         raise UserError(f"{name} has {width} x {height} pixels, more than {MAX_DECODED_PIXELS:,}; save it smaller")
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
+def image_size(source: str | os.PathLike) -> tuple[int, int]:
     """(width, height) in pixels from the header alone. UserError where open_image would refuse the header."""
+    path, part = split_part(os.fspath(source))
     with _open_header(path) as image:
-        return image.size
+        return image.size if part is None else check_part(part, image.size, _name_of(path))
 
 
 def open_image(source: str | os.PathLike | Image.Image, over_white: bool = True) -> Image.Image:
-    """A path or a PIL picture as RGB: the first frame, its pixels as stored, transparency laid over white or dropped.
+    """A path, data URL or PIL picture as RGB: the first frame, its pixels as stored, the part that a fragment asks for,
+    transparency laid over white or dropped.
 
     UserError (naming the file) if it is missing, too large, of another format, damaged or cut short.
     """
-    name = "a picture given as a PIL object" if isinstance(source, Image.Image) else f"picture {source}"
-    if not isinstance(source, Image.Image):
-        with _open_header(source) as image:
-            try:
-                image.load()
-                return _to_rgb(image, over_white)
-            except Exception as error:
-                raise UserError(f"{name} is damaged or cut short: {error}") from None
-    _check_pixels(source, name)
-    return _to_rgb(source, over_white)
+    if isinstance(source, Image.Image):
+        _check_pixels(source, _name_of(source))
+        return _to_rgb(source, over_white)
+    path, part = split_part(os.fspath(source))
+    with _open_header(path) as image:
+        size = image.size if part is None else check_part(part, image.size, _name_of(path))
+        try:
+            image.load()
+            return _to_rgb(image if part is None else image.crop((*part[:2], part[0] + size[0], part[1] + size[1])), over_white)
+        except Exception as error:
+            raise UserError(f"{_name_of(path)} is damaged or cut short: {error}") from None
 
 
 def _to_rgb(image: Image.Image, over_white: bool) -> Image.Image:

@@ -17,6 +17,7 @@ from pathlib import Path
 from data.dialects import read_row
 from data.errors import UserError
 from data.images import OutsideRoot, find_image
+from data.template import Template
 from data.turns import MAX_ROW_BYTES, Problem, decode, parts_of, read_objects, short
 
 ID_KEYS = ("id", "uid", "prompt_id")
@@ -121,9 +122,10 @@ class Records:
     good rows by dialect. text_bytes[i], image_sizes[i]: what row i weighs, without reading it again.
     """
 
-    def __init__(self, path: Path, image_root: Path, allow_outside_images: bool, takes: Collection[str] = KINDS):
+    def __init__(self, path: Path, image_root: Path, allow_outside_images: bool, takes: Collection[str] = KINDS,
+                 template: Template | None = None):
         self.path = path
-        self.takes = takes
+        self.takes, self.template = takes, template
         self.bad: list[dict] = []
         self.notes, self.dialects = Counter(), Counter()
         self.text_bytes = array("Q")
@@ -158,7 +160,7 @@ class Records:
         ids = (row[key] for key in ID_KEYS if isinstance(row.get(key), str | int) and row[key] != "")
         row_id = str(next(ids, where))
         try:
-            found = read_row(row, notes)
+            found = read_row(row, notes, self.template, lambda path: self._find({"image": path}))
             tools = read_objects(row.get("tools"), "tools") or None
             pictures = [part for turn in found.messages for part in parts_of(turn["content"]) if part["type"] == "image"]
             sizes = [self._find(part) for part in pictures]
@@ -230,10 +232,11 @@ class Records:
 def open_records(
     path: str | os.PathLike, image_root: str | os.PathLike | None = None,
     allow_outside_images: bool = False, on_bad_row: str = "stop", takes: Collection[str] = KINDS,
+    template: Template | None = None,
 ) -> Records:
     """Index a .json array or a .jsonl file and check every row; pictures lie below image_root (the file's own folder).
 
-    takes: the kinds of row that are good, as a stage names them.
+    takes: the kinds of row that are good, as a stage names them. template: the run's words for the rows of a table.
 
     UserError for a file that cannot be read or holds no row; BadRows if a row is bad and on_bad_row is "stop". With
     "skip" the good rows come back, even if there are none.
@@ -243,7 +246,8 @@ def open_records(
         raise UserError(f"{path} is not a .json or .jsonl file; give one with a row a line, or with an array of rows")
     if image_root is not None and not os.path.isdir(image_root):
         raise UserError(f"--image_root {image_root} is not a folder")
-    records = Records(path, Path(path.parent if image_root is None else image_root), allow_outside_images, takes)
+    records = Records(path, Path(path.parent if image_root is None else image_root), allow_outside_images, takes,
+                      template)
     with open(path, "rb") as file:
         head = file.read(4096)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):

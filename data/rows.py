@@ -15,6 +15,7 @@ from data.batches import epoch_order
 from data.errors import UserError
 from data.lengths import Lengths, find_longest, measure, remedy
 from data.records import Record, Records, open_records
+from data.template import make_template
 
 
 @dataclass
@@ -80,12 +81,12 @@ def open_rows(
     bad_path = folder / "bad_rows.jsonl"
     if not resumed:
         bad_path.unlink(missing_ok=True)
-    rows = None
+    rows, template = None, make_template(config.prompt_template, config.response_template, config.image_column)
     eval_paths = config.eval_path.split(",") if config.eval_path else []
     test_paths = [config.test_path] if config.test_path else []
     kinds = ["train"] + ["eval"] * len(eval_paths) + ["test"] * len(test_paths)
     for kind, path in zip(kinds, [config.data_path, *eval_paths, *test_paths], strict=True):
-        records = open_records(path, config.image_root, config.allow_outside_images, "skip", takes)
+        records = open_records(path, config.image_root, config.allow_outside_images, "skip", takes, template)
         lengths = measure_rows(records, config, family)
         if rows is None:
             rows = Rows(records, lengths, bad_path, config.on_bad_row)

@@ -78,6 +78,34 @@ def parts_of(content: str | list[dict]) -> list[dict]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+def turns_of(prompt: object) -> list:
+    """A prompt as turns: turns as they are, a text rendered with Qwen's template taken apart, other text as the user's."""
+    if isinstance(prompt, list):
+        return prompt
+    if not isinstance(prompt, str):
+        raise Problem("a prompt is neither text nor turns", short(prompt))
+    if not prompt.startswith("<|im_start|>"):
+        return [{"role": "user", "content": prompt}]
+    turns = split_chat(prompt)
+    if turns[-1] == {"role": "assistant", "content": "", "tool_calls": []}:
+        turns.pop()  # the header that a prompt for generation ends with
+    return turns
+
+
+def split_chat(text: str) -> list[dict]:
+    """The turns of a chat rendered with Qwen's template, so that its answers are known from its prompts."""
+    turn = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\n?|\Z)", re.DOTALL)
+    if turn.sub("", text).strip() or not turn.search(text):
+        raise Problem("text without chat markup", "prompt and answer cannot be told apart; write <|im_start|>user ... "
+                      "<|im_end|> turns into it, or give the row as messages or as prompt and completion")
+    turns = []
+    for role, content in turn.findall(text.replace("<|vision_start|><|image_pad|><|vision_end|>", MARK)):
+        content, *calls = re.split(r"\n?<tool_call>", content) if role == "assistant" else [content]
+        calls = [decode(call.strip().removesuffix("</tool_call>")) for call in calls]
+        turns.append({"role": role, "content": content, "tool_calls": calls})
+    return turns
+
+
 def _read_part(part: object, number: int) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
@@ -97,6 +125,8 @@ def _read_calls(value: object, notes: Counter) -> list[dict]:
             raise Problem("a tool call has no name", short(call))
         if isinstance(arguments, str):
             arguments = decode(arguments)
+            if isinstance(arguments, str):  # some servers encode what is a string already
+                arguments = decode(arguments)
             notes["arguments decoded from a JSON string"] += 1
         if not isinstance(arguments, dict):
             raise Problem("the arguments of a tool call are not an object", f"{name} has {short(arguments)}")

@@ -19,6 +19,7 @@ from typing import Any
 from data.errors import UserError, command
 from training.options import Parser
 
+TEMPLATE_FLAGS = ("prompt_template", "response_template", "image_column")
 PROBLEMS_SHOWN = 3
 SAMPLING = ("num_samples", "temperature", "top_p", "top_k", "min_p", "seed")
 RULES = "countdown, cs224r, tinyzero, box_centre, box_iou, gui_action, tool_call, text"  # eval/rewards.py has them
@@ -43,6 +44,8 @@ def score_parser() -> Parser:
     parser.add_argument("--data_path", required=True, metavar="FILE", help="rows; the last answer of each is its label")
     parser.add_argument("--task", default="auto", help=f"{tasks}, or module:function of yours (default auto: by label)")
     parser.add_argument("--image_root", metavar="DIR", help="folder of the pictures; default: the rows' folder")
+    for name in TEMPLATE_FLAGS:
+        parser.add_argument(f"--{name}", metavar="TEXT", help="as in train.py, for rows of a table; default: as trained")
     parser.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="what a broken row does (stop)")
     parser.add_argument("--output_dir", metavar="DIR", help="where outputs/TASK.jsonl and TASK.json go; default: eval/ "
                         "in the run's folder, else the current folder")
@@ -131,7 +134,8 @@ def open_model(flags: argparse.Namespace):
 def score(flags: argparse.Namespace) -> None:
     """`python -m eval`. Raises UserError for what cannot be opened, and where no row could be scored."""
     from data.records import open_records
-    from eval.subject import find
+    from data.template import make_template
+    from eval.subject import find, read_settings
     from eval.tasks import find_task
 
     task = find_task(flags.task)
@@ -139,10 +143,12 @@ def score(flags: argparse.Namespace) -> None:
         raise UserError("--against names the model that --task win_rate compares with; give both or neither")
     if not task.metrics and not flags.reward:
         raise UserError(f"--task {flags.task} needs a judge; name it with --reward")
-    records = open_records(flags.data_path, flags.image_root, on_bad_row=flags.on_bad_row)
+    run = find(flags.model, flags.adapter).run
+    trained = read_settings(run)
+    template = make_template(*(getattr(flags, name) or trained.get(name) for name in TEMPLATE_FLAGS))
+    records = open_records(flags.data_path, flags.image_root, on_bad_row=flags.on_bad_row, template=template)
     if records.bad:
         print(f"skipped {len(records.bad)} of {len(records) + len(records.bad)} rows")
-    run = find(flags.model, flags.adapter).run
     folder = Path(flags.output_dir or (run / "eval" if run else ".")) / "outputs"
     os.makedirs(folder, exist_ok=True)
     name = flags.task.rpartition(":")[2]

@@ -200,7 +200,7 @@ def reply_to(
 def score(task: Task, reply: Reply, answer: Answer) -> dict[str, Any]:
     """The line of an answered row."""
     line: dict[str, Any] = {"id": reply.id, "where": reply.where}
-    pictures = [image for image in images_of(reply.messages) if isinstance(image, str)]
+    pictures = [image for image in images_of(reply.messages) if isinstance(image, str) and not image.startswith("data:")]
     if pictures:
         line["image"] = pictures[0] if len(pictures) == 1 else pictures
     line |= {"prompt": reply.prompt, "response": reply.response, "label": reply.label, "stopped": reply.stopped,

@@ -1,8 +1,10 @@
 """Pictures: Qwen's preprocessing against its stored tensors and against transformers, and hostile files."""
 
+import base64
 import json
 import struct
 import zlib
+from io import BytesIO
 
 import numpy
 import pytest
@@ -10,7 +12,7 @@ from conftest import REFERENCE, shared
 from PIL import Image
 
 from data.errors import UserError
-from data.images import MAX_DECODED_PIXELS, MAX_FILE_BYTES, image_size, open_image, patchify, smart_resize
+from data.images import MAX_DECODED_PIXELS, MAX_FILE_BYTES, find_image, image_size, open_image, patchify, smart_resize
 
 CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 
@@ -179,3 +181,63 @@ def test_not_a_file(tmp_path):
 def test_real_screenshots():
     for path in sorted(shared("samples").glob("*/*.[jp][pn]g")):
         assert open_image(path).size == image_size(path)
+
+
+# ---- parts of pictures, and pictures inside rows -------------------------------------------------------------------
+
+def test_a_fragment_is_a_part_of_a_picture(tmp_path):
+    page = Image.effect_noise((60, 200), 90).convert("RGB")
+    page.save(tmp_path / "page.png")
+    name = f"{tmp_path / 'page.png'}#xywh=10,120,40,80"
+    assert image_size(name) == (40, 80)
+    assert open_image(name).tobytes() == page.crop((10, 120, 50, 200)).tobytes()
+    found, size = find_image("page.png#xywh=10,120,40,80", str(tmp_path), str(tmp_path), False)
+    assert (found, size) == (name, (40, 80))
+    assert find_image("page.png", str(tmp_path), str(tmp_path), False) == (str(tmp_path / "page.png"), (60, 200))
+
+
+@pytest.mark.parametrize("part", ["10,120,51,80", "10,121,40,80", "0,0,0,5", "60,0,1,1"])
+def test_a_part_outside_its_picture_is_refused(tmp_path, part):
+    Image.new("RGB", (60, 200)).save(tmp_path / "page.png")
+    name = f"{tmp_path / 'page.png'}#xywh={part}"
+    for function in (image_size, open_image, lambda name: find_image(name, str(tmp_path), str(tmp_path), False)):
+        with pytest.raises(UserError, match="page.png is 60 x 200, which has no part #xywh="):
+            function(name)
+
+
+def test_a_name_that_only_resembles_a_fragment_is_a_file(tmp_path):
+    for name in ("a#xywh=1.png", "b#xywh=0,0,1,1.png"):
+        Image.new("RGB", (7, 5)).save(tmp_path / name)
+        assert image_size(tmp_path / name) == open_image(str(tmp_path / name)).size == (7, 5)
+
+
+def data_url(image, kind="png"):
+    stream = BytesIO()
+    image.save(stream, kind)
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def test_a_data_url_is_a_picture(tmp_path):
+    image = Image.effect_noise((30, 20), 90).convert("RGB")
+    url = data_url(image)
+    assert image_size(url) == (30, 20) and open_image(url).tobytes() == image.tobytes()
+    assert find_image(url, str(tmp_path), str(tmp_path), False) == (url, (30, 20))
+    assert open_image(url + "#xywh=5,5,10,10").tobytes() == image.crop((5, 5, 15, 15)).tobytes()
+
+
+@pytest.mark.parametrize("url, expected", [
+    ("data:image/png;base64,iVBORw0", "base64|header is damaged"), ("data:image/png;base64,????", "not base64"),
+    ("data:image/jpeg;base64,QUJD", "header is damaged"),
+    (f"data:image/png;base64,{base64.b64encode(png(60_000, 60_000)).decode()}", "pixels"),
+])
+def test_a_bad_data_url_is_a_sentence(url, expected):
+    for function in (image_size, open_image):
+        with pytest.raises(UserError, match=expected) as caught:
+            function(url)
+        assert "a picture given as a data URL" in str(caught.value) and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("url", ["data:text/plain,hello", "data:image/png,abc", "http://host/a.png#xywh=0,0,1,1"])
+def test_other_urls_are_not_fetched(tmp_path, url):
+    with pytest.raises(UserError, match="is a URL; nothing is fetched"):
+        find_image(url, str(tmp_path), str(tmp_path), False)
