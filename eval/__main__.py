@@ -57,7 +57,7 @@ def score_parser() -> Parser:
     judge.add_argument("--reward", metavar="NAME", help=f"score answers by this instead of by the task's metrics: {RULES}; "
                        "the folder of a reward model; MODEL@URL of an OpenAI-compatible server, its key in REWARD_API_KEY; "
                        "module:function of yours; for win_rate also pairwise:MODEL@URL")  # fmt: skip
-    judge.add_argument("--against", metavar="DIR", help="win_rate: the other model, or the .jsonl of its answers")
+    judge.add_argument("--against", metavar="DIR", help="win_rate, preference: the other model, or the .jsonl of its lines")
     judge.add_argument("--requests_per_minute", type=positive, default=40, metavar="N", help="to a server at most (40)")
     return parser
 
@@ -139,10 +139,12 @@ def score(flags: argparse.Namespace) -> None:
     from eval.tasks import find_task
 
     task = find_task(flags.task)
-    if task.compares != bool(flags.against):
-        raise UserError("--against names the model that --task win_rate compares with; give both or neither")
-    if not task.metrics and not flags.reward:
-        raise UserError(f"--task {flags.task} needs a judge; name it with --reward")
+    if flags.against and not task.compares:
+        raise UserError(f"--against names a model to compare with, which --task {flags.task} does not do; leave it out")
+    if not task.metrics and not task.measure and not (flags.reward and flags.against):
+        raise UserError(f"--task {flags.task} needs a judge, --reward, and another model, --against")
+    if task.measure and flags.reward:
+        raise UserError(f"--reward scores answers, and --task {flags.task} asks for none; leave it out")
     run = find(flags.model, flags.adapter).run
     trained = read_settings(run)
     template = make_template(*(getattr(flags, name) or trained.get(name) for name in TEMPLATE_FLAGS))
@@ -159,7 +161,7 @@ def score(flags: argparse.Namespace) -> None:
     if sampling.get("num_samples", 1) > 1 and not sampling.get("temperature"):
         raise UserError("--num_samples draws several answers, which are all the same at temperature 0; give --temperature")
     # the other model answers before this one is loaded: they are never in memory together
-    others = other_answers(flags, chosen, task, sampling, folder / f"{name}.against.jsonl") if task.compares else None
+    others = other_lines(flags, chosen, task, sampling, folder / f"{name}.against.jsonl") if flags.against else None
     path = folder / f"{name}.jsonl"
     result = answer_rows(open_model(flags), chosen, task, flags, path, records.bad, sampling=sampling, others=others)
     problems = records.bad + [line for line in result.lines if "problem" in line]
@@ -169,7 +171,7 @@ def score(flags: argparse.Namespace) -> None:
     summary = asked | {"data": flags.data_path, "sampling": sampling} | figures
     (folder / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     report(figures, problems)
-    if "stop_rate" not in figures:
+    if all("problem" in line for line in result.lines):
         raise UserError(f"no row could be scored by --task {flags.task}; {path} says why for each")
     print(f"answers in {path}")
 
@@ -177,31 +179,31 @@ def score(flags: argparse.Namespace) -> None:
 def answer_rows(subject: Any, records: list, task: Any, flags: argparse.Namespace, path: Path, bad: list, **settings: Any):
     """evaluate() on the rows into a file of lines, refused rows first."""
     from eval.evaluate import evaluate
+    from stages import sft
 
     with open(path, "w", encoding="utf-8") as output, subject.precision.autocast():
         for row in bad:
             output.write(json.dumps(row, ensure_ascii=False) + "\n")
         return evaluate(
-            subject.model, records, task, max_new_tokens=flags.max_new_tokens, batch_tokens=flags.batch_tokens,
-            output=output, **settings,
+            subject.model, records, task, stage=sft.Stage(sft.Flags(), subject.model), max_new_tokens=flags.max_new_tokens,
+            batch_tokens=flags.batch_tokens, output=output, **settings,
         )
 
 
-def other_answers(flags: argparse.Namespace, records: list, task: Any, sampling: dict, path: Path) -> dict[str, str]:
-    """where -> the answer of --against, a model or the file of its answers. Raises UserError for neither."""
+def other_lines(flags: argparse.Namespace, records: list, task: Any, sampling: dict, path: Path) -> dict[str, dict]:
+    """where -> the line of --against, a model or the file of its lines. Raises UserError for neither."""
     from eval.subject import open_subject
 
     against = Path(flags.against)
     if against.is_file():
         try:
-            lines = [json.loads(line) for line in against.read_text(encoding="utf-8").splitlines()]
-            return {line["where"]: line["response"] for line in lines if "response" in line}
+            return {line["where"]: line for line in map(json.loads, against.read_text(encoding="utf-8").splitlines())}
         except (ValueError, KeyError, TypeError):
             raise UserError(f"--against {against}: is no outputs/*.jsonl of an evaluation") from None
     other = open_subject(flags.against, None, flags.quant, flags.max_pixels, flags.precision, flags.device)
     alone = replace(task, metrics=[], summarize=lambda lines: {})
     found = answer_rows(other, records, alone, flags, path, [], sampling=sampling | {"num_samples": 1})
-    return {line["where"]: line["response"] for line in found.lines if "response" in line}
+    return {line["where"]: line for line in found.lines}
 
 
 def report(figures: dict[str, float], problems: list[dict[str, Any]]) -> None:

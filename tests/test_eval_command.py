@@ -19,6 +19,7 @@ from lora.adapter import Settings, attach
 from lora.files import save_adapter
 from model import load_model
 from model.tiny import write_tiny
+from stages import sft
 
 TOOL = {
     "type": "function",
@@ -78,7 +79,7 @@ def test_loss_is_the_mean_over_all_supervised_tokens(place):
     supervised = torch.cat(losses)[torch.cat([e.labels[1:] != -100 for e in examples])]
     expected, total = supervised.mean().item(), len(supervised)
     for batch_tokens in (1, 100, 10**6):
-        found = evaluate(model, records, batch_tokens=batch_tokens)
+        found = evaluate(model, records, stage=sft.Stage(sft.Flags(), model), batch_tokens=batch_tokens)
         assert found.figures["loss"] == pytest.approx(expected, abs=1e-5)
         assert found.figures["num_tokens"] == total
         assert found.lines == []
@@ -448,9 +449,10 @@ def test_two_models_are_compared_on_the_same_rows(place, problems, tmp_path, mon
 def test_wrong_judges_and_samples_are_one_sentence(place, problems, tmp_path, monkeypatch, capsys):
     model = ["--model", place / "text", "--data_path", problems, "--output_dir", tmp_path]
     wrong = {
-        "--against": [*model, "--task", "win_rate", "--reward", "text"],
+        "and another model, --against": [*model, "--task", "win_rate", "--reward", "text"],
         "needs a judge": [*model, "--task", "win_rate", "--against", place / "text"],
-        "give both or neither": [*model, "--task", "countdown", "--against", place / "text"],
+        "does not do": [*model, "--task", "countdown", "--against", place / "text"],
+        "asks for none": [*model, "--task", "preference", "--reward", "text"],
         "--temperature": [*model, "--task", "text", "--num_samples", 2],
         "--reward nothing": [*model, "--reward", "nothing"],
         "is no outputs": [*model, "--task", "win_rate", "--reward", "text", "--against", place / "text" / "config.json"],

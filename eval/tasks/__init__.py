@@ -34,7 +34,9 @@ def score_alone(name: str, folder: Path | None = None, requests_per_minute: floa
 class Task:
     """The metrics of one benchmark, how its rows become figures (a line is one answer of outputs/*.jsonl, its scores in
     it), how many tokens an answer may take, the settings of generate() that its figures are published with, how --reward,
-    where it is given, becomes the one metric, and whether metrics compare with another model's answers (--against)."""
+    where it is given, becomes the one metric, and whether the task compares with another model (--against). A task that
+    asks for no answers has measure(model, records, others, write), which writes the rows' lines, in place of metrics;
+    others is where -> the other model's line, or None."""
 
     metrics: list[Metric]
     summarize: Callable[[list[dict[str, Any]]], dict[str, float]] = means
@@ -42,6 +44,7 @@ class Task:
     sampling: dict[str, Any] = field(default_factory=dict)
     judged: Callable[..., Metric] = score_alone
     compares: bool = False
+    measure: Callable[..., None] | None = None
 
 
 def task_names() -> list[str]:
