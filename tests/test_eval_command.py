@@ -446,6 +446,50 @@ def test_two_models_are_compared_on_the_same_rows(place, problems, tmp_path, mon
     }
 
 
+def preference_rows(path, num_rows):
+    answers = [f"answer number {n} " + "and more " * n for n in range(2 * num_rows)]
+    rows = [{"id": f"p{n}", "prompt": f"question {n}", "chosen": answers[2 * n], "rejected": answers[2 * n + 1]}
+            for n in range(num_rows)]  # fmt: skip
+    return write_rows(path, rows)
+
+
+def test_preferences_are_measured_against_the_model_without_its_adapter(place, tmp_path, monkeypatch, capsys):
+    model, family = load_model(place / "text", dtype="float32")
+    settings = Settings(r=2)
+    attach(model, family, settings)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    save_adapter(model, family, tmp_path / "adapter", settings, place / "text")
+    rows = preference_rows(tmp_path / "rows.jsonl", 6)
+    flags = ["--data_path", rows, "--task", "preference", "--precision", "fp32", "--output_dir", tmp_path]
+    assert run("--model", tmp_path / "adapter", *flags, monkeypatch=monkeypatch) == 0
+    figures = json.loads((tmp_path / "outputs" / "preference.json").read_text())
+    base, _ = load_model(place / "text", dtype="float32")
+
+    def logp(model, messages):
+        example = model.family.encode(messages)
+        losses = torch.nn.functional.cross_entropy(model.logits([example])[0][:-1], example.labels[1:], reduction="sum")
+        return -losses.item()
+
+    margins = []
+    for record, line in zip(open_records(rows), lines_of(tmp_path, "preference"), strict=True):
+        chosen, rejected = (logp(model, turns) for turns in (record.messages, record.rejected))
+        assert (line["chosen_logp"], line["rejected_logp"]) == pytest.approx((chosen, rejected), abs=1e-3)
+        margins.append(chosen - logp(base, record.messages) - rejected + logp(base, record.rejected))
+        assert line["margin"] == pytest.approx(margins[-1], abs=1e-3)
+    assert figures["accuracy"] == sum(margin > 0 for margin in margins) / 6 and 0 < figures["accuracy"] < 1
+    assert run("--model", tmp_path / "adapter", *flags, "--against", place / "text", monkeypatch=monkeypatch) == 0
+    again = json.loads((tmp_path / "outputs" / "preference.json").read_text())
+    assert again["margin"] == pytest.approx(figures["margin"], abs=1e-3)
+    capsys.readouterr()
+    assert run("--model", place / "text", *flags, monkeypatch=monkeypatch) == 2
+    assert "no adapter to switch off" in capsys.readouterr().err
+    conversations = ["--data_path", text_rows(tmp_path / "text.jsonl", ("a", "b")), *flags[2:]]
+    assert run("--model", tmp_path / "adapter", *conversations, monkeypatch=monkeypatch) == 2
+    assert "a chosen and a rejected answer" in capsys.readouterr().err
+
+
 def test_wrong_judges_and_samples_are_one_sentence(place, problems, tmp_path, monkeypatch, capsys):
     model = ["--model", place / "text", "--data_path", problems, "--output_dir", tmp_path]
     wrong = {

@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from conftest import shared
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from data.errors import UserError
@@ -14,6 +15,7 @@ from eval.actions import Action, parse_actions, step_success
 from eval.judges import Server
 from eval.metrics import Reply
 from eval.rewards import RULES, find_reward
+from eval.tasks import find_task
 from eval.tasks.win_rate import compare
 from model.tiny import write_tiny
 
@@ -343,3 +345,47 @@ def test_a_chat_model_is_shown_both_orders(server):
     with pytest.raises(UserError, match="neither A, B nor C"):
         win(metric, "x", "y")
     assert len(fake.requests) == 7  # the other way round is the same two questions
+
+
+# ---- benchmarks ------------------------------------------------------------------------------------------------------
+
+
+def figures_of(task, *pairs):
+    """The figures of a task over (prompt, label, response) rows."""
+    lines = []
+    for number, (prompt, label, response) in enumerate(pairs):
+        answered = reply(response, label, prompt=prompt)
+        scores = {name: value for metric in task.metrics for name, value in metric(answered).items()}
+        lines.append({"where": f"rows.jsonl:{number}", "prompt": prompt} | scores)
+    return task.summarize(lines)
+
+
+def test_guienv_in_both_directions():
+    found = figures_of(
+        find_task("guienv"),
+        ("", "Green Flash", "Green flash"),
+        ("", "<box>0 0 100 100</box>", "<box>0 0 100 60</box>"),
+        ("", "<box>0 0 100 100</box><box>500 500 600 600</box>", "<box>(500,500),(600,600)</box>"),
+        ("", "<box>0 0 100 100</box>", "I see no such text"),
+    )
+    shares = {f"iou@{bound}": pytest.approx(share) for bound, share in ((0.2, 2 / 3), (0.5, 2 / 3), (0.7, 1 / 3), (0.9, 1 / 3))}
+    assert found == {"exact_match": 0, "f1": 1, "iou": pytest.approx(1.6 / 3), **shares}
+
+
+def test_guiact_is_scored_on_answers_that_a_model_gave():
+    rows = json.loads(shared("samples/guicourse/pred_minicpm_guiagent_web_single.first20.json").read_text())
+    found = figures_of(find_task("guiact"), *((row["prompt"], row["pred"], row["pred"]) for row in rows))
+    assert found["step_success"] == found["type_match"] == 1.0  # every answer parses, and equals itself
+
+
+def test_mind2web_is_a_mean_of_tasks():
+    label = "TYPE New York <box>(100,100),(200,200)</box>"
+    found = figures_of(
+        find_task("mind2web"),
+        ("Task: fly\nActions so far: none", "CLICK <box>(0,0),(9,9)</box>", "CLICK <box>(4,4),(5,5)</box>"),
+        ("Task: fly\nActions so far:\n1. x", label, "type york new <box>(100,100),(300,300)</box>"),
+        ("Task: fly\nActions so far:\n1. x", label, "TYPE York <box>(500,100),(600,200)</box>"),
+        ("Task: buy\nActions so far: none", label, "TYPE Boston <box>(100,100),(300,300)</box>"),
+    )
+    assert found == {"step_success": pytest.approx((2 / 3 + 0) / 2), "element_accuracy": pytest.approx((2 / 3 + 1) / 2),
+                     "operation_f1": pytest.approx(((1 + 1 + 0.8) / 3 + 0.4) / 2), "task_success": 0.0}  # fmt: skip
