@@ -61,6 +61,7 @@ class Run:
         check_names(config)
         self.config, self.folder = config, Path(config.output_dir)
         self.device = memory.check_device(config.device)
+        memory.keep_freed_memory()
         self.precision = precision.choose(config.precision, self.device)
         self.machine = memory.machine_line(self.device, self.folder)
         print(self.machine)

@@ -78,9 +78,10 @@ def ours(task: Task, rows: list[Example], meter: Meter, checkpointing: bool = Fa
     from model import load_model
     from model.checkpointing import checkpoint_blocks
     from stages.sft import Flags, Stage
-    from training import optim, precision
+    from training import memory, optim, precision
     from training.rehearsal import MICRO_TOKENS
 
+    memory.keep_freed_memory()
     dtypes = precision.choose(task.precision, torch.device("cpu"))
     model, family = load_model(task.folder, "8bit" if task.method == "lora_8bit" else None, task.storage)
     adapter.attach(model, family, adapter.Settings(use_lora=task.method != "full", r=LORA_RANK, alpha=LORA_ALPHA))

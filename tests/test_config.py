@@ -160,8 +160,8 @@ def test_proxy_lite_command():
 
 def test_proxy_lite_training_arguments(tmp_path, capsys):
     config = read("--config", write_yaml(tmp_path, PROXY_LITE_ARGUMENTS))
-    assert differing(config) == dict(output_dir="./finetuned-proxy-lite", epochs=3, batch_size=4, grad_accum=4, precision="fp16",
-                                     learning_rate=2e-5, lora_targets=SEVEN, use_lora=True)
+    assert differing(config) == dict(output_dir="./finetuned-proxy-lite", epochs=3, batch_size=4, grad_accum=4,
+                                     precision="fp16", learning_rate=2e-5, lora_targets=SEVEN, use_lora=True)
     assert "use_lora is true" in capsys.readouterr().err
 
 

@@ -1,6 +1,9 @@
 """The plan against published and measured figures, the choice of a micro-batch, and what a machine is told."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,8 @@ from torch import nn
 from data.errors import UserError
 from training import memory
 from training.memory import GIB, Stack, advise, block_bytes, choose_micro_tokens, plan
+
+ROOT = Path(__file__).parent.parent
 
 # Sizes from the models' config.json: (D, query, key, intermediate, layers), V, parameters by part, LoRA r16 parameters.
 MODELS = {
@@ -200,3 +205,26 @@ def test_this_machine():
     assert memory.peak_gib(cpu) * GIB >= block.numel() * 4
     line = memory.machine_line(cpu, "outputs/not/yet/there")
     assert "\n" not in line and f"torch {torch.__version__}" in line and "GiB memory free" in line and "disk" in line
+
+
+def test_freed_memory_is_kept():
+    """Once the heap has grown, buffers of 64 MiB take pages that the process has, instead of new ones from the kernel."""
+    script = """
+import resource, sys
+import torch
+from training.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for round in range(20):
+    if round == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    a, b = torch.ones(2**24), torch.ones(2**24)
+    c = a + b
+    del a, b, c
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    new_pages = {}
+    for mode in ("keep", "default"):
+        done = subprocess.run([sys.executable, "-c", script, mode], cwd=ROOT, capture_output=True, text=True, check=True)
+        new_pages[mode] = int(done.stdout)
+    assert new_pages["keep"] < new_pages["default"] / 10, new_pages

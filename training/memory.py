@@ -7,6 +7,7 @@ A block's activations are estimated 15-34 % above what was measured, so the plan
 milliseconds; the functions that plan take plain numbers and run without a card.
 """
 
+import ctypes
 import os
 import platform
 import re
@@ -165,6 +166,15 @@ def peak_gib(device: "torch.device") -> float:
         import torch
         return torch.cuda.max_memory_reserved(device) / GIB + CUDA_CONTEXT_GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, as torch's allocator for cards does. By default each tensor over 32 MiB comes
+    from the kernel as fresh zeroed pages and goes back to it: a fifth of a step's processor time (bench/RESULTS.md)."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # numbers of malloc.h
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**31 - 1)
 
 
 def size_text(gib: float) -> str:
