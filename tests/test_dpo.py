@@ -199,6 +199,21 @@ def test_only_the_last_answer_is_compared(base, rows):
         assert sorted(sum((row.ids[0::2] for row in packed), [])) == sorted(pair.id for pair in pairs)
 
 
+def test_the_reference_has_no_dropout(base, rows):
+    model, stage, pairs = open_stage(base, rows, dropout=0.5)
+    set_adapter(model)
+    stage = Stage(Flags(), model)  # the adapter is part of this one's reference
+    [row] = stage.pack(pairs[:3], 10**6)
+    with torch.no_grad():
+        assert not torch.equal(sequence_logprobs(model, row), sequence_logprobs(model, row))
+    assert torch.equal(stage.reference_logprobs(model, row), stage.reference_logprobs(model, row))
+
+
+def test_other_stages_read_the_chosen_side(base, rows):
+    record = open_records(rows, takes=("conversation",))[0]
+    assert record.rejected is None and len(record.conversations) == 1
+
+
 def test_a_pair_does_not_depend_on_its_neighbours(base, rows):
     model, stage, pairs = open_stage(base, rows)
     with torch.no_grad():
@@ -390,6 +405,8 @@ def test_held_out_pairs_are_measured(monkeypatch, tmp_path, base, rows):
         assert {"eval_chosen_logps", "eval_rejected_logps", "eval_kl", "stop_rate"} <= set(found[0])
         lines = [json.loads(line) for line in (output / "outputs" / "sums.jsonl").read_text().splitlines()]
         assert lines[0]["label"] == open_records(rows)[0].messages[-1]["content"]
+        page = (output / "report.html").read_text()
+        assert all(name in page for name in ("margins", "accuracies", "chosen logps", "rejected logps", "kl"))
         compared = {r["name"]: r for r in read_journal(output / "journal.jsonl") if r.get("event") == "comparison"}
         assert compared["sums: eval margins"]["unit"] == "" and compared["sums: stop rate"]["unit"] == "%"
 
