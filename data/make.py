@@ -10,7 +10,7 @@ import argparse
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -105,16 +105,18 @@ def draw_problems(
         seen.add(key)
 
 
-def with_answer(problem: dict) -> dict:
+def with_answer(problem: dict, prompt: str | None = None) -> dict:
     """A conversation that answers a problem: some expressions that miss the target, then one that makes it, in <answer>.
 
-    The question is worded by the dialect that reads the problem, so that reinforcement goes on from the same words.
+    The question is worded by the dialect that reads the problem, or by the prompt template, as it is in reinforcement that
+    goes on from here.
     """
     from data.dialects import read_row
+    from data.template import make_template
 
     source = random.Random(problem["id"])
     numbers, target = problem["nums"], problem["target"]
-    messages = read_row({"nums": numbers, "target": target}, Counter()).messages
+    messages = read_row({"nums": numbers, "target": target}, Counter(), make_template(prompt, None, None)).messages
     solution = problem.get("solution") or solve(numbers, target)
     if solution is None:
         raise UserError(f"{problem['id']}: the numbers {numbers} do not make {target}")
@@ -170,17 +172,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("name", choices=["countdown"], help="the data set")
     add("--output_dir", required=True, metavar="DIR", help="train.jsonl and test.jsonl go here")
-    add("--num", type=int, metavar="N", help="training problems (10,000; of the real set: all 327,680)")
-    add("--num_test", type=int, metavar="N", help="test problems, none of them in training (200; of the real set: 1,024)")
+    add("--num", type=at_least(1), metavar="N", help="training problems (10,000; of the real set: all 327,680)")
+    add("--num_test", type=at_least(0), metavar="N", help="test problems, none in training (200; of the real set: 1,024)")
     add("--seed", type=int, default=0, metavar="S", help="another seed, other problems (0)")
     add("--numbers", type=int, nargs="+", default=[3, 4], choices=range(1, 7), metavar="K",
         help="how many numbers a problem has: one of these, 1 to 6 (3 4)")  # fmt: skip
-    add("--max_number", type=int, default=99, metavar="N", help="numbers are 1 to N (99)")
+    add("--max_number", type=at_least(1), default=99, metavar="N", help="numbers are 1 to N (99)")
     add("--min_target", type=int, default=1, metavar="N", help="smallest target (1)")
     add("--max_target", type=int, default=99, metavar="N", help="largest target (99)")
     add("--with_answers", action="store_true", help="also answers.jsonl: the training problems as conversations for SFT, "
         "each with a search and an answer")  # fmt: skip
+    add("--prompt_template", metavar="TEXT", help="words of the question in answers.jsonl, as train.py takes them")
     add("--source", metavar="FILE", help="take the problems from the real set's file (Jiayi-Pan/Countdown-Tasks-3to4)")
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """A flag's type: a whole number from `low` on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number from {low} on")
+        return int(text)
+
+    return number
 
 
 def make_countdown(flags: argparse.Namespace) -> None:
@@ -198,7 +212,7 @@ def make_countdown(flags: argparse.Namespace) -> None:
     write_rows(folder / "train.jsonl", train)
     write_rows(folder / "test.jsonl", test)
     if flags.with_answers:
-        write_rows(folder / "answers.jsonl", map(with_answer, train))
+        write_rows(folder / "answers.jsonl", (with_answer(row, flags.prompt_template) for row in train))
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:

@@ -13,8 +13,9 @@ from conftest import ROOT
 
 import data.make as data_make
 from data.errors import UserError
-from data.make import draw_problems, reachable, render, solve
+from data.make import draw_problems, reachable, render, solve, with_answer
 from data.records import open_records
+from data.template import make_template
 from eval.rewards import countdown, cs224r, tinyzero
 
 TIMES, OVER = "\u00d7", "\u00f7"
@@ -253,6 +254,9 @@ def test_the_command_writes_rows_that_are_read_as_problems_and_answers_that_scor
     assert done.returncode == 0, done.stderr
     train, test, answers = (open_records(tmp_path / f"{name}.jsonl") for name in ("train", "test", "answers"))
     assert (len(train), len(test), len(answers)) == (40, 10, 40)
+    for wrong in (["--num", 0], ["--num_test", -1], ["--numbers", 9], ["--num", 10**4, "--numbers", 1]):
+        assert make(tmp_path / "none", *wrong).returncode == 2
+    assert not (tmp_path / "none").exists()
     tried = 0
     for problem, answer in zip(train, answers, strict=True):
         assert problem.kind == "problem" and answer.kind == "conversation" and problem.id == answer.id
@@ -268,6 +272,12 @@ def test_the_command_writes_rows_that_are_read_as_problems_and_answers_that_scor
         tried += len(misses)
         assert countdown(tag(hit), **problem.truth)["correct"] == 1
     assert tried > 20
+    words = "{nums} = {target}? <think>"
+    question, reply = with_answer({"id": "x", "nums": [2, 3], "target": 6}, words)["messages"]
+    assert question["content"] == "2, 3 = 6? <think>" and not reply["content"].startswith("<think>")
+    nums = ", ".join(map(str, train[0].truth["numbers"]))
+    asked = open_records(tmp_path / "train.jsonl", template=make_template(words, None, None))[0].messages
+    assert asked[0]["content"] == f"{nums} = {train[0].truth['target']}? <think>"
     lines = [json.loads(line) for name in ("train", "test") for line in (tmp_path / f"{name}.jsonl").open()]
     assert len({(*sorted(line["nums"]), line["target"]) for line in lines}) == 50
 
