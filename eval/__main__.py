@@ -152,7 +152,10 @@ def score(flags: argparse.Namespace) -> None:
     if records.bad:
         print(f"skipped {len(records.bad)} of {len(records) + len(records.bad)} rows")
     folder = Path(flags.output_dir or (run / "eval" if run else ".")) / "outputs"
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {flags.output_dir}: cannot be written ({error.strerror})") from None
     name = flags.task.rpartition(":")[2]
     chosen = [records[i] for i in range(min(len(records), flags.limit or len(records)))]
     if flags.reward:
