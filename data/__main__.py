@@ -19,6 +19,7 @@ from pathlib import Path
 
 from data.download import DATA_SETS, download
 from data.errors import UserError, command
+from data.make import add_flags, make_countdown
 
 
 @dataclass
@@ -53,6 +54,7 @@ def main() -> None:
     convert.add_argument("name", choices=["guicourse"])
     convert.add_argument("--input_dir", required=True, metavar="DIR", help="*_data.json and *_images.parquet lie below it")
     convert.add_argument("--output_dir", required=True, metavar="DIR", help="NAME.jsonl and images/NAME/ go here")
+    add_flags(doors.add_parser("make", help="draw a data set: Countdown problems with exact answers"))
     flags = parser.parse_args()
     if flags.door == "download":
         run_download(flags)
@@ -60,6 +62,8 @@ def main() -> None:
         from data.convert import convert_guicourse
 
         convert_guicourse(Path(flags.input_dir), Path(flags.output_dir))
+    elif flags.door == "make":
+        make_countdown(flags)
     else:
         make_base(Path(flags.output_dir), flags.share, flags.device)
 
