@@ -38,6 +38,7 @@ class Example:
     weights: "torch.Tensor | None" = None  # (T,) float
     id: str = ""
     where: str = ""
+    encode_seconds: float = 0.0  # it took to make this, in whichever process
 
     def __len__(self) -> int:
         return len(self.input_ids)
