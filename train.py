@@ -193,8 +193,7 @@ class Run:
                 memory=memory.peak_gib(self.device), rows=None if verdict.action == "update" else [e.id for e in examples],
                 **figures,
             )
-            if warning := waiting.warning(sum(e.encode_seconds for e in examples), waited, seconds):
-                self.journal.say(warning)
+            waiting.watch(sum(e.encode_seconds for e in examples), waited, seconds, self.journal.say)
             if verdict.action != "update":
                 self.no_update(verdict, examples)
             if state.step < self.last and due(config.save_every, state.step, per_epoch):  # 8 save, evaluate
@@ -242,8 +241,8 @@ class Run:
         """Write down a step whose update was not made, and why; end the run if the judge says so."""
         step = self.state.step
         self.journal.event(verdict.action, step, reason=verdict.reason)
-        self.journal.say(f"step {step}: no update, because {verdict.reason}; rows: {', '.join(e.id for e in examples)}; "
-                         f"--replay_step {step} runs it again")
+        rows = ", ".join(e.id for e in examples)
+        self.journal.say(f"step {step}: no update, because {verdict.reason}; --replay_step {step} runs it again; rows: {rows}")
         if verdict.action == "stop":
             raise UserError(f"step {step}: {verdict.reason}; {self.folder}/journal.jsonl has the rows of each step")
 

@@ -112,18 +112,21 @@ def test_refused(finished, monkeypatch, change, words):
 # ---- waiting for data ------------------------------------------------------------------------------------------------
 
 
-def say(waiting: Waiting, *step: float, times: int) -> list[str]:
-    return [text for text in (waiting.warning(*step) for _ in range(times)) if text]
+def said(waiting: Waiting, *step: float, times: int) -> list[str]:
+    found = []
+    for _ in range(times):
+        waiting.watch(*step, found.append)
+    return found
 
 
 def test_the_warning_names_the_workers_that_would_do():
     waiting = Waiting(num_workers=1)
-    assert say(waiting, 9.0, 50.0, 60.0, times=START) == []  # workers start
-    found = say(waiting, 3.4, 2.4, 3.4, times=50)  # a second to compute, 3.4 to encode with one worker
+    assert said(waiting, 9.0, 50.0, 60.0, times=START) == []  # workers start
+    found = said(waiting, 3.4, 2.4, 3.4, times=50)  # a second to compute, 3.4 to encode with one worker
     assert len(found) == 1 and "--num_workers 4 would" in found[0] and "71% of the last 10 steps" in found[0]
-    assert say(Waiting(2), 1.0, 0.19, 1.0, times=50) == []  # less than a fifth
-    assert "--num_workers 3 would" in say(Waiting(2), 0.5, 0.5, 1.0, times=50)[0]  # what is slow is not encoding alone
-    slow = say(Waiting(0), 1e6, 1e6, 1e6 + 1, times=START + WINDOW)
+    assert said(Waiting(2), 1.0, 0.19, 1.0, times=50) == []  # less than a fifth
+    assert "--num_workers 3 would" in said(Waiting(2), 0.5, 0.5, 1.0, times=50)[0]  # what is slow is not encoding alone
+    slow = said(Waiting(0), 1e6, 1e6, 1e6 + 1, times=START + WINDOW)
     assert f"this machine has {os.cpu_count()} cores" in slow[0]
 
 

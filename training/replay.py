@@ -35,8 +35,8 @@ def replay(run: Any) -> int:
         raise UserError(f"--replay_step {step}: the run has {run.last} steps")
     if run.found:
         run.resume(run.found)
-    start = next((record for record in journal if record.get("event") == "start"), {})
-    before, now = ([part["sha256"] for part in parts] for parts in (start.get("data", []), run.rows.files))
+    start = next(record for record in journal if record.get("event") == "start")
+    before, now = ([(part["sha256"], part["weight"]) for part in parts] for parts in (start["data"], run.rows.files))
     if before != now:
         raise UserError(f"{run.folder} was trained on other rows than {run.config.data_path} holds now; bring them back")
     run.batches.num_workers = 0

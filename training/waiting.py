@@ -7,6 +7,7 @@ step takes to compute. Both are measured as the run goes; the warning comes once
 import math
 import os
 from collections import deque
+from collections.abc import Callable
 
 START = 3  # steps in which workers start and fill their queues
 WINDOW = 10
@@ -20,15 +21,15 @@ class Waiting:
         self.num_workers, self.num_seen, self.is_said = num_workers, 0, False
         self.steps: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)
 
-    def warning(self, encode_seconds: float, waited: float, seconds: float) -> str:
-        """Take in a step: seconds its rows took to encode, that it waited for them, that it took in all. The warning, or
-        an empty text."""
+    def watch(self, encode_seconds: float, waited: float, seconds: float, say: Callable[[str], None]) -> None:
+        """Take in a step: seconds its rows took to encode, that it waited for them, that it took in all; say the warning
+        where there is one."""
         self.num_seen += 1
         if self.num_seen > START:
             self.steps.append((encode_seconds, waited, seconds))
         encoding, waiting, whole = map(sum, zip(*self.steps, strict=True)) if self.steps else (0, 0, 0)
         if self.is_said or len(self.steps) < WINDOW or waiting <= SHARE * whole:
-            return ""
+            return
         self.is_said = True
         enough = max(math.ceil(encoding / max(whole - waiting, 1e-9)), self.num_workers + 1)
         text = (
@@ -37,4 +38,4 @@ class Waiting:
             f"--num_workers {enough} would remove it"
         )
         cores = os.cpu_count() or 1
-        return text + f" (this machine has {cores} cores; a lower --max_pixels encodes faster)" * (enough > cores)
+        say(text + f" (this machine has {cores} cores; a lower --max_pixels encodes faster)" * (enough > cores))
