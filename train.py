@@ -69,6 +69,7 @@ class Run:
         check_names(config)
         self.config, self.folder, self.found = config, Path(config.output_dir), found
         self.device = memory.check_device(config.device)
+        memory.keep_freed_memory()
         self.precision = precision.choose(config.precision, self.device)
         self.machine = memory.machine_line(self.device, self.folder)
         print(self.machine)
@@ -80,7 +81,9 @@ class Run:
         quant = "8bit" if config.use_8bit else "4bit" if config.use_4bit else None
         kinds = self.precision
         storage = kinds.frozen if config.use_lora else kinds.full_8bit if "8bit" in config.optim else kinds.full
-        options = Options(max_pixels=config.max_pixels, tool_template=config.tool_template, labels=config.labels)
+        if config.image_cache:
+            Path(config.image_cache).mkdir(parents=True, exist_ok=True)
+        options = Options(config.max_pixels, config.tool_template, config.labels, config.image_cache)
         self.model, self.family = load_model(config.base_model, quant, storage, self.device, options)
         self.adapter_settings = adapter.Settings.from_config(config)
         adapter.attach(self.model, self.family, self.adapter_settings)
@@ -95,7 +98,7 @@ class Run:
         # the rows, and the steps they make
         max_length = None if config.max_length == "auto" else config.max_length
         self.stage = stage_class(config.stage_options, self.model, max_length)
-        self.rows = open_rows(config, self.family, self.folder, resumed=bool(found or config.replay_step))
+        self.rows = open_rows(config, self.family, self.folder, bool(found or config.replay_step), self.stage.takes)
         dataset = Encoded(self.rows.train, self.stage.encode, self.rows.lengths.kept)
         self.batches = Batches(dataset, config.batch_size * config.grad_accum, config.seed, config.num_workers)
         self.last = optim.count_updates(config.epochs, config.max_steps, self.batches.steps_per_epoch)

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.dialects import MAX_ROW_BYTES
 from data.errors import UserError
+from data.turns import MAX_ROW_BYTES
 
 BLOCK = 2**20
 BLANK = re.compile(rb"[ \t\r\n]*")

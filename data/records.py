@@ -10,21 +10,35 @@ import os
 from array import array
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
 from operator import iadd
 
 from data import index
-from data.dialects import ID_KEYS, Problem, parts_of, read_objects, read_row, short
+from data.dialects import read_row
 from data.errors import UserError
-from data.images import OutsideRoot, find_image, image_size
+from data.images import DATA_URL, OutsideRoot, find_image, image_size, split_part
 from data.sources import Source, open_sources
+from data.template import Template
+from data.turns import Problem, parts_of, read_objects, short
+
+ID_KEYS = ("id", "uid", "prompt_id")
+KINDS = {
+    "conversation": "a conversation (it ends with an answer to learn)",
+    "preference": "a preference (a chosen and a rejected answer)",
+    "problem": "a problem (a prompt, and what its answer is checked against)",
+}
 
 
 @dataclass
 class Record:
-    """One conversation. messages: [{"role", "content": str | [text and image parts], "tool_calls"?, "train"?}]."""
+    """One row. messages: [{"role", "content": str | [text and image parts], "tool_calls"?, "train"?}].
+
+    A preference: messages end with the chosen answer, and rejected is the same conversation with the rejected one. A
+    problem: messages end with the user's turn, and truth is what a reward checks an answer against.
+    """
 
     id: str
     where: str  # "rows.jsonl:17"
@@ -32,11 +46,21 @@ class Record:
     tools: list[dict] | None
     dialect: str
     image_sizes: list[tuple[int, int]]  # (width, height) of each picture, in order
+    rejected: list[dict] | None = None
+    truth: dict | None = None
+
+    @property
+    def kind(self) -> str:
+        """"preference", "problem" or "conversation": what a stage says that it takes."""
+        if self.rejected is not None:
+            return "preference"
+        return "conversation" if self.truth is None or self.messages[-1]["role"] == "assistant" else "problem"
 
     def num_text_bytes(self) -> int:
         """UTF-8 bytes of texts, calls and tools: what the text tokens can be estimated from without tokenizing."""
-        texts = [part.get("text", "") for message in self.messages for part in parts_of(message["content"])]
-        calls = [message["tool_calls"] for message in self.messages if "tool_calls" in message]
+        turns = self.messages + (self.rejected or [])[-1:]
+        texts = [part.get("text", "") for turn in turns for part in parts_of(turn["content"])]
+        calls = [turn["tool_calls"] for turn in turns if "tool_calls" in turn]
         texts += [json.dumps([calls, self.tools], ensure_ascii=False)] if calls or self.tools else []
         return sum(len(text.encode()) for text in texts)
 
@@ -53,8 +77,11 @@ class Part:
     pictures: the files that good rows name.
     """
 
-    def __init__(self, source: Source, image_root: str | os.PathLike | None, allow_outside_images: bool):
-        self.source = source
+    def __init__(
+        self, source: Source, image_root: str | os.PathLike | None, allow_outside_images: bool, takes: Collection[str],
+        template: Template | None,
+    ):
+        self.source, self.takes, self.template = source, takes, template
         root = source.folder if image_root is None else image_root
         self.roots = os.path.realpath(root), os.path.realpath(source.folder), allow_outside_images
         self.clear()
@@ -89,7 +116,8 @@ class Part:
         self.text_bytes.append(record.num_text_bytes())
         image_sizes = tuple(record.image_sizes)
         self.image_sizes.append(self._seen_sizes.setdefault(image_sizes, image_sizes))
-        self.pictures.update(part["image"] for part in record.pictures() if isinstance(part["image"], str))
+        names = (part["image"] for part in record.pictures() if isinstance(part["image"], str))
+        self.pictures.update(split_part(name)[0] for name in names if not DATA_URL.match(name))
         self.dialects[record.dialect] += 1
         self.notes.update(notes)
 
@@ -116,14 +144,24 @@ class Part:
         ids = (row[key] for key in ID_KEYS if isinstance(row.get(key), str | int) and row[key] != "")
         row_id = str(next(ids, where))
         try:
-            turns, name = read_row(row, notes)
+            found = read_row(row, notes, self.template, lambda image: self._find({"image": image}))
             tools = read_objects(row.get("tools"), "tools") or None
-            record = Record(row_id, where, turns, tools, name, [])
+            record = Record(row_id, where, found.messages, tools, found.dialect, [], found.rejected, found.truth)
             record.image_sizes = [self._find(part) for part in record.pictures()]
+            self._check_kind(record.kind, notes)
             return record
         except Problem as problem:
             problem.row_id = row_id
             raise
+
+    def _check_kind(self, kind: str, notes: Counter) -> None:
+        """Problem for a kind of row that is not taken; where conversations are, a preference is its chosen side."""
+        if kind in self.takes:
+            return
+        if kind != "preference" or "conversation" not in self.takes:
+            wanted = " or ".join(KINDS[name] for name in self.takes)
+            raise Problem(f"the row is {KINDS[kind]}", f"the stage takes {wanted}")
+        notes["preference read as its chosen answer alone"] += 1
 
     def _find(self, part: dict) -> tuple[int, int]:
         """Make the path of an image part absolute; (width, height) of its picture."""
@@ -192,26 +230,33 @@ def open_records(
     image_root: str | os.PathLike | None = None,
     allow_outside_images: bool = False,
     on_bad_row: str = "stop",
+    takes: Collection[str] = KINDS,
+    template: Template | None = None,
 ) -> Records:
     """Every row of what `path` names (see data/sources.py), checked; pictures lie below image_root, or, without one,
     below the folder of their file.
 
+    takes: the kinds of row that are good, as a stage names them. template: the run's words for the rows of a table.
     UserError for what cannot be read or holds no row, and for a bad row if on_bad_row is "stop". With "skip" the good
     rows come back, even if there are none.
     """
-    records = read_sources(open_sources(path), image_root, allow_outside_images)
+    records = read_sources(open_sources(path), image_root, allow_outside_images, takes, template)
     if records.bad and on_bad_row == "stop":
         records.refuse()
     return records
 
 
 def read_sources(
-    sources: list[Source], image_root: str | os.PathLike | None = None, allow_outside_images: bool = False
+    sources: list[Source],
+    image_root: str | os.PathLike | None = None,
+    allow_outside_images: bool = False,
+    takes: Collection[str] = KINDS,
+    template: Template | None = None,
 ) -> Records:
     """Check every row of the sources. UserError for a source that cannot be read or holds no row."""
     if image_root is not None and not os.path.isdir(image_root):
         raise UserError(f"--image_root {image_root} is not a folder")
-    parts = [Part(source, image_root, allow_outside_images) for source in sources]
+    parts = [Part(source, image_root, allow_outside_images, takes, template) for source in sources]
     for part in parts:
         index.fill(part)
         if not part.numbers and not part.bad:

@@ -7,7 +7,7 @@ never replaced by another. Held-out rows and the shares that weights take are dr
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +18,7 @@ from data.errors import UserError
 from data.lengths import Lengths, find_longest, measure, remedy
 from data.records import Record, Records, read_sources
 from data.sources import name_apart, open_sources
+from data.template import make_template
 
 
 @dataclass
@@ -73,8 +74,12 @@ class Rows:
         self.bad_path.write_text("".join(json.dumps(row) + "\n" for row in self.bad), encoding="utf-8")
 
 
-def open_rows(config: Any, family: Any, folder: Path, resumed: bool = False) -> Rows:
+def open_rows(
+    config: Any, family: Any, folder: Path, resumed: bool = False, takes: Collection[str] = ("conversation",)
+) -> Rows:
     """Open config.data_path, and eval_path (each entry is a set of its own) or eval_split rows of data_path.
+
+    takes: the kinds of row that the stage is for; one of another kind is a bad row.
 
     Raises UserError for rows that cannot be used, unless on_bad_row is "skip"; bad_rows.jsonl in `folder` lists all.
     A resumed run keeps those that it had found.
@@ -82,14 +87,14 @@ def open_rows(config: Any, family: Any, folder: Path, resumed: bool = False) -> 
     bad_path = folder / "bad_rows.jsonl"
     if not resumed:
         bad_path.unlink(missing_ok=True)
-    rows = None
+    rows, template = None, make_template(config.prompt_template, config.response_template, config.image_column)
     sets = [("train", open_sources(config.data_path))]
     evaluated = open_sources(config.eval_path) if config.eval_path else []
     sets += [("eval", list(entry)) for _, entry in groupby(evaluated, lambda source: source.entry)]
     sets += [("test", open_sources(config.test_path))] if config.test_path else []
     name_apart([source for _, sources in sets for source in sources])
     for kind, sources in sets:
-        records = read_sources(sources, config.image_root, config.allow_outside_images)
+        records = read_sources(sources, config.image_root, config.allow_outside_images, takes, template)
         lengths = measure_rows(records, config, family)
         if rows is None:
             rows = Rows(records, lengths, bad_path, config.on_bad_row)

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.dialects import MAX_ROW_BYTES, Problem, decode
 from data.errors import UserError
 from data.json_array import split_array
+from data.turns import MAX_ROW_BYTES, Problem, decode
 
 FORMATS = (".json", ".jsonl", ".csv", ".parquet")
 TEXT_COLUMNS = {"prompt", "query", "completion", "text"}  # of a csv: text even where it looks like a JSON list or object

@@ -12,9 +12,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.dialects import Problem
 from data.errors import UserError
 from data.sources import Piece, Source
+from data.turns import Problem
 
 if TYPE_CHECKING:
     import datasets

@@ -17,6 +17,7 @@ from typing import Any
 from data.errors import UserError, command
 from training.options import Parser
 
+TEMPLATE_FLAGS = ("prompt_template", "response_template", "image_column")
 PROBLEMS_SHOWN = 3
 
 
@@ -40,6 +41,8 @@ def score_parser() -> Parser:
                         "its label")
     parser.add_argument("--task", default="auto", help=f"{tasks}, or module:function of yours (default auto: by label)")
     parser.add_argument("--image_root", metavar="DIR", help="folder of the pictures; default: the rows' folder")
+    for name in TEMPLATE_FLAGS:
+        parser.add_argument(f"--{name}", metavar="TEXT", help="as in train.py, for rows of a table; default: as trained")
     parser.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="what a broken row does (stop)")
     parser.add_argument("--output_dir", metavar="DIR", help="where outputs/TASK.jsonl and TASK.json go; default: eval/ "
                         "in the run's folder, else the current folder")
@@ -95,11 +98,15 @@ def open_model(flags: argparse.Namespace):
 def score(flags: argparse.Namespace) -> None:
     """`python -m eval`. Raises UserError for what cannot be opened, and where no row could be scored."""
     from data.records import open_records
+    from data.template import make_template
     from eval.evaluate import evaluate
+    from eval.subject import find, read_settings
     from eval.tasks import find_task
 
     task = find_task(flags.task)
-    records = open_records(flags.data_path, flags.image_root, on_bad_row=flags.on_bad_row)
+    trained = read_settings(find(flags.model, flags.adapter).run)
+    template = make_template(*(getattr(flags, name) or trained.get(name) for name in TEMPLATE_FLAGS))
+    records = open_records(flags.data_path, flags.image_root, on_bad_row=flags.on_bad_row, template=template)
     if records.bad:
         print(f"skipped {len(records.bad)} of {len(records) + len(records.bad)} rows")
     subject = open_model(flags)

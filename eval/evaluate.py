@@ -161,7 +161,7 @@ def score(
 ) -> dict[str, Any]:
     """The line of an answered row."""
     place = {"id": record.id, "where": record.where}
-    pictures = [image for image in images_of(record.messages) if isinstance(image, str)]
+    pictures = [image for image in images_of(record.messages) if isinstance(image, str) and not image.startswith("data:")]
     if pictures:
         place["image"] = pictures[0] if len(pictures) == 1 else pictures
     text = explain(prompt, family.tokenizer, colour=False)

@@ -4,6 +4,7 @@ A stage file defines `Flags`, a dataclass of its own settings (fields made by tr
 --help and are refused with other stages; no `from __future__ import annotations` beside them, which would turn their types
 into text), and `Stage`:
 
+    Stage.takes                     the kinds of row (data/records.py KINDS) that it is for; a row of another kind is refused
     Stage(flags, model, max_length) made once, before the data is read; the model's family, device and types are there
     encode(record) -> example       what one row becomes; runs in worker processes
     denominator(examples) -> float  what the loss of a whole optimizer step is divided by, counted before its first forward

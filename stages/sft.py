@@ -29,6 +29,8 @@ class Flags:
 class Stage:
     """See stages/__init__.py for what each method is asked for."""
 
+    takes = ("conversation",)
+
     def __init__(self, flags: Flags, model: Model, max_length: int | None = None):
         self.family = model.family
         self.max_length = max_length

@@ -199,7 +199,7 @@ def test_bad_lines(write, line, expected):
 
 
 def test_a_row_that_is_too_long(write, monkeypatch):
-    for module in ("dialects", "sources"):
+    for module in ("turns", "sources"):
         monkeypatch.setattr(f"data.{module}.MAX_ROW_BYTES", 3000)
     rows = [{"messages": CHAT}, {"messages": user_and_answer("x" * 5_000_000)}, {"messages": CHAT}]
     records = open_records(write(rows), on_bad_row="skip")
@@ -331,6 +331,8 @@ def test_a_file_of_rows_does_not_stay_in_memory(write):
 
 
 def test_a_dialect_of_your_own(write):
+    before = list(DIALECTS)
+
     @dialect("quiz", has("question", "choices"))
     def read_quiz(row):
         return user_and_answer(row["question"] + "".join(row["choices"]), row["choices"][row["right"]])
@@ -340,7 +342,7 @@ def test_a_dialect_of_your_own(write):
         assert records[0].messages[1]["content"] == "4" and records[0].messages[0]["content"][0]["type"] == "image"
         assert records.bad[0]["problem"].startswith("not readable as quiz: IndexError")
     finally:
-        DIALECTS.pop(0)
+        DIALECTS[:] = before
     assert "no dialect" in problem_of(write([{"question": "x", "choices": []}]))
 
 

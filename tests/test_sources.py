@@ -13,10 +13,11 @@ from PIL import Image
 
 from data import index, json_array
 from data.errors import UserError
-from data.images import find_image, open_image
+from data.images import find_file, open_image
 from data.json_array import split_array
 from data.records import open_records
 from data.sources import Lines
+from data.template import Template
 
 ANSWERS = ["4", "", 'a "b" \\ [1, {2}]\n', "h\u00e9 \U0001f600", "x" * 500]
 
@@ -84,7 +85,7 @@ def json_is_broken(path):
 
 def test_an_element_that_is_too_long_is_one_bad_row(tmp_path, monkeypatch):
     monkeypatch.setattr(json_array, "BLOCK", 1000)
-    for module in ("dialects", "sources", "json_array"):
+    for module in ("turns", "sources", "json_array"):
         monkeypatch.setattr(f"data.{module}.MAX_ROW_BYTES", 3000)
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([chat("a"), chat('x"\\' * 50_000), chat("b")]))
@@ -308,13 +309,13 @@ def indexed(tmp_path, monkeypatch, picture):
     (tmp_path / "data").mkdir()
     picture.rename(tmp_path / "data" / "a.png")
     rows = [chat(answer, id=n) for n, answer in enumerate(ANSWERS)]
-    rows += [{"messages": 3}, chat("see", image="a.png"), chat("see", image="later.png")]
+    rows += [{"messages": 3}, chat("see", image="a.png#xywh=1,2,3,4"), chat("see", image="later.png")]
     return write_jsonl(tmp_path / "data" / "rows.jsonl", rows)
 
 
 def found_in(path, **options):
     """All that is known of a source's rows."""
-    find_image.cache_clear()  # as in another process
+    find_file.cache_clear()  # as in another process
     records = open_records(path, on_bad_row="skip", **options)
     rows = [(record.id, record.where, record.messages, record.image_sizes) for record in records]
     counts = records.notes, records.dialects, records.text_bytes, records.image_sizes, records.bad, records.refusal()
@@ -342,7 +343,7 @@ def lose_picture(indexed):
 
 
 def change_picture(indexed):
-    Image.new("RGB", (7, 8)).save(indexed.parent / "a.png")
+    Image.new("RGB", (3, 3)).save(indexed.parent / "a.png")
 
 
 @pytest.mark.parametrize("change", [damage_row, bring_picture, lose_picture, change_picture])
@@ -355,8 +356,10 @@ def test_whatever_changed_is_found(indexed, monkeypatch, change):
     assert found_in(indexed) == after
 
 
-def test_an_index_is_of_one_image_root_and_one_reading_code(indexed, tmp_path, monkeypatch):
-    found_in(indexed)
+def test_an_index_is_of_one_run_and_one_reading_code(indexed, tmp_path, monkeypatch):
+    assert len(found_in(indexed)[0]) == 6 and len(found_in(indexed, takes=["preference"])[0]) == 0
+    assert len(found_in(indexed)[0]) == 6 and len(found_in(indexed, template=Template("{id}", "{id}"))[0]) == 5
+    assert len(found_in(indexed)[0]) == 6
     (tmp_path / "other").mkdir()
     assert len(found_in(indexed, image_root=tmp_path / "other")[0]) == 5  # a.png lies outside it
     monkeypatch.setattr(index, "code_version", lambda: "another")

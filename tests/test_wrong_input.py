@@ -379,7 +379,7 @@ PICTURES = {
         ["x.jsonl:2", "--image_root"]),
     "absolute": ("/etc/passwd", lambda f: None, ["x.jsonl:2", "/etc/passwd"]),
     "a URL": ("https://example.com/x.png", lambda f: None, ["x.jsonl:2", "URL"]),
-    "inline": ("data:image/png;base64,AAAA", lambda f: None, ["x.jsonl:2", "URL"]),
+    "inline": ("data:image/png;base64,AAAA", lambda f: None, ["x.jsonl:2", "own picture"]),
     "a zero byte": ("x\0.png", lambda f: None, ["x.jsonl:2"]),
     "a long name": ("x" * 5000, lambda f: None, ["x.jsonl:2"]),
     "a number": (3, lambda f: None, ["x.jsonl:2"]),

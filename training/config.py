@@ -44,6 +44,10 @@ class Config:
     image_root: str | None = option(None, "folder that picture paths are relative to and may not leave; "
                                     "default: the folder of the rows", shown="DIR", steers=False)
     allow_outside_images: bool = option(False, "open pictures outside image_root too", steers=False)
+    prompt_template: str | None = option(None, "words that make a prompt of a table's row, its columns in braces: "
+                                         "\"Describe {title}.\"; alone, the prompt of problems", shown="TEXT")
+    response_template: str | None = option(None, "words that make the answer of a table's row", shown="TEXT")
+    image_column: str | None = option(None, "column of a table with the path of the picture", shown="NAME")
     on_bad_row: str = option("stop", "what a row that cannot be used does to the run", words="stop skip", steers=False)
     labels: str = option("ours", "tokens with a loss: every answer and its stop token (ours), or as the model's makers "
                          "did it", words="ours official")
@@ -55,6 +59,8 @@ class Config:
     max_pixels: int | None = option(None, "pixels of one picture at most, larger ones are shrunk; default: the model's",
                                     low=1)
     num_workers: int = option(2, "processes that open pictures", steers=False)
+    image_cache: str | None = option(None, "folder that keeps resized pictures: opened faster from the second pass on, for "
+                                     "about 0.5 MB each", shown="DIR", steers=False)
     # What is trained
     use_lora: bool = option(False, "train an adapter (of peft_type) on a frozen base instead of all weights",
                             group="What is trained")

@@ -1,0 +1,248 @@
+"""Dialects beyond plain conversations: what each row becomes, and what a stage says to a row that is not for it."""
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from data.dialects import DIALECTS, Question, dialect, has
+from data.errors import UserError
+from data.records import open_records
+from data.turns import parts_of
+
+USER, GOOD, BAD = ({"role": role, "content": text} for role, text in
+                   (("user", "2 + 2?"), ("assistant", "4"), ("assistant", "5")))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(rows, name) -> path of a file with those rows."""
+    def function(rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+    return function
+
+
+def problem_of(path, **options):
+    """The problem of a file's only row."""
+    with pytest.raises(UserError) as caught:
+        open_records(path, **options)
+    assert "\n" not in str(caught.value)
+    return open_records(path, **options, on_bad_row="skip").bad[0]["problem"]
+
+
+@pytest.fixture
+def dialects():
+    """The table of dialects, put back after the test."""
+    before = list(DIALECTS)
+    yield DIALECTS
+    DIALECTS[:] = before
+
+
+@pytest.fixture
+def quiz(dialects):
+    """A dialect of problems for one test."""
+    dialect("quiz", has("quiz"))(lambda row: Question([{"role": "user", "content": row["quiz"]}], {"answer": "4"}))
+
+
+# ---- which dialect a row is in -------------------------------------------------------------------------------------
+
+def test_the_dialect_that_asks_for_more_is_taken_and_the_log_says_so(write):
+    both = {"messages": [USER, GOOD], "chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    records = open_records(write([both, {"messages": [USER, GOOD]}]))
+    assert records.dialects == {"chosen/rejected": 1, "messages": 1}
+    assert records.notes == {"read as chosen/rejected, not as messages": 1}
+
+
+def test_a_function_of_your_own_is_asked_first(write, dialects):
+    dialect("mine", lambda row: "chosen" in row)(lambda row: row["chosen"])
+    records = open_records(write([{"chosen": [USER, GOOD], "rejected": [USER, BAD]}]))
+    assert records[0].dialect == "mine" and records.notes == {"read as mine, not as chosen/rejected": 1}
+
+
+# ---- kinds of row --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "2 + 2?", "prompt_id": "p", "chosen": [USER, GOOD], "rejected": [USER, BAD], "messages": [USER, GOOD]},
+    {"id": "p", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    {"id": "p", "prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    {"id": "p", "prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+    {"id": "p", "query": "2 + 2?", "response_ws": "4", "response_ls": "5", "completion": None},
+])
+def test_preferences(write, row):
+    record = open_records(write([row]))[0]
+    assert record.kind == "preference" and record.id == "p" and record.truth is None
+    assert record.messages == [USER, GOOD] and record.rejected == [USER, BAD]
+
+
+def test_earlier_answers_of_a_preference_are_context(write):
+    record = open_records(write([{"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}]))[0]
+    assert record.messages == [USER, GOOD | {"train": False}, USER, GOOD]
+    assert record.rejected == [USER, GOOD | {"train": False}, USER, BAD]
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"chosen": [USER, GOOD], "rejected": [USER | {"content": "2+2?"}, BAD]}, "do not answer the same prompt.*turn 1"),
+    ({"chosen": [USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}, "do not answer the same prompt.*turn 2"),
+    ({"chosen": [USER, GOOD, USER], "rejected": [USER, BAD]}, "chosen does not end with an answer"),
+    ({"chosen": [USER, GOOD | {"train": False}], "rejected": [USER, BAD]}, "no assistant turn"),
+    ({"prompt": "3 + 3?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "prompt is not in the chosen"),
+    ({"chosen": "4", "rejected": "5"}, "a prompt is neither text nor turns"),
+    ({"chosen": [USER, GOOD | {"content": ""}], "rejected": [USER, BAD]}, "neither text nor tool call"),
+])
+def test_bad_preferences(write, row, expected):
+    assert re.search(expected, problem_of(write([row])))
+
+
+def test_an_answer_may_be_refused_for_being_empty_or_equal(write):
+    records = open_records(write([{"chosen": [USER, GOOD], "rejected": [USER, BAD | {"content": ""}]},
+                                  {"chosen": [USER, GOOD], "rejected": [USER, GOOD]}]))
+    assert records[0].rejected[-1]["content"] == "" and records.notes == {"chosen and rejected are the same answer": 1}
+
+
+def test_a_question_is_a_problem(write, quiz):
+    record = open_records(write([{"quiz": "2 + 2?"}]))[0]
+    assert record.kind == "problem" and record.messages == [USER] and record.truth == {"answer": "4"}
+
+
+KINDS_OF_ROWS = [{"messages": [USER, GOOD]}, {"chosen": [USER, GOOD], "rejected": [USER, BAD]}, {"quiz": "2 + 2?"}]
+
+
+@pytest.mark.parametrize("takes, good", [(("conversation",), [0, 1]), (("preference",), [1]), (("problem",), [2]),
+                                         (("problem", "preference"), [1, 2]), (("conversation", "preference"), [0, 1])])
+def test_a_stage_takes_its_kinds(write, quiz, takes, good):
+    path = write(KINDS_OF_ROWS)
+    records = open_records(path, on_bad_row="skip", takes=takes)
+    assert [record.where for record in records] == [f"rows.jsonl:{number + 1}" for number in good]
+    assert all(" is a " in row["problem"] and "the stage takes a " in row["problem"] for row in records.bad)
+    chosen_alone = takes == ("conversation",)
+    assert records.notes == ({"preference read as its chosen answer alone": 1} if chosen_alone else {})
+
+
+def test_sft_refuses_a_problem_in_one_sentence(write, quiz):
+    from stages.sft import Stage
+
+    with pytest.raises(UserError, match=r"rows.jsonl:1 the row is a problem \(.*the stage takes a conversation \("):
+        open_records(write([{"quiz": "2 + 2?"}]), takes=Stage.takes)
+
+
+# ---- problems ------------------------------------------------------------------------------------------------------
+
+TRUTH = {"numbers": [44, 19, 35], "target": 98}
+RENDERED = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nUse [44 19 35].<|im_end|>\n"
+            "<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "Use 44, 19, 35.", "ground_truth": TRUTH, "target": 98, "nums": [44, 19, 35]},
+    {"prompt": [{"role": "user", "content": "Use 44, 19, 35."}], "ground_truth": json.dumps(TRUTH)},
+])
+def test_a_prompt_with_its_ground_truth(write, row):
+    records = open_records(write([row]))
+    assert records[0].kind == "problem" and records[0].truth == TRUTH
+    assert records[0].messages == [{"role": "user", "content": "Use 44, 19, 35."}]
+    other = {"read as prompt/ground_truth, not as target/nums": 1}
+    assert records.dialects == {"prompt/ground_truth": 1} and records.notes == (other if "nums" in row else {})
+
+
+def test_a_prompt_that_is_rendered_already(write):
+    """The 2026 course's prompts: Qwen's template around the words, up to the header of the answer."""
+    system = {"role": "system", "content": "You are a helpful assistant."}
+    user = {"role": "user", "content": "Use [44 19 35]."}
+    rows = [{"prompt": RENDERED, "ground_truth": TRUTH}, {"query": RENDERED, "completion": "4"},
+            {"query": RENDERED, "response_ws": "4", "response_ls": "5"}]
+    records = open_records(write(rows))
+    assert [record.messages[:2] for record in records] == [[system, user]] * 3
+    assert [len(record.messages) for record in records] == [2, 3, 3]
+    mentioned = "what does <|im_start|>user mean?"  # in the middle of a text it is text
+    assert open_records(write([{"query": mentioned, "completion": "4"}]))[0].messages[0]["content"] == mentioned
+
+
+def test_other_ground_truths(write):
+    truths = {"4": {"answer": "4"}, "{1, 2}": {"answer": "{1, 2}"}, '{"box": [1, 2, 3, 4]}': {"box": [1, 2, 3, 4]}}
+    records = open_records(write([{"prompt": "2 + 2?", "ground_truth": truth} for truth in truths]))
+    assert [record.truth for record in records] == list(truths.values())
+
+
+def test_countdown_as_numbers(write):
+    record = open_records(write([{"target": 98, "nums": [44, 19, 35]}]))[0]
+    assert record.truth == TRUTH and record.dialect == "target/nums" and record.kind == "problem"
+    (turn,) = record.messages
+    assert turn["role"] == "user" and "98" in turn["content"] and "44, 19, 35" in turn["content"]
+    assert all(tag in turn["content"] for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"target": 98, "nums": []}, "are not whole numbers"), ({"target": "98", "nums": [1]}, "are not whole numbers"),
+    ({"target": 98, "nums": [1.5]}, "are not whole numbers"), ({"target": True, "nums": [1]}, "are not whole numbers"),
+    ({"prompt": "x", "ground_truth": {"numbers": "12", "target": 3}}, "are not whole numbers"),
+    ({"prompt": None, "ground_truth": "4"}, "a prompt is neither text nor turns"),
+    ({"prompt": RENDERED + "Let me think", "ground_truth": "4"}, "a prompt ends with the assistant's turn"),
+])
+def test_bad_problems(write, row, expected):
+    assert expected in problem_of(write([row]))
+
+
+# ---- conversations of the recipes ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def pictures(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (8, 6)).save(tmp_path / f"{name}.jpg")
+
+
+def parts_shown(record, turn=0):
+    """The texts of a turn, and the first letters of its pictures' names."""
+    parts = parts_of(record.messages[turn]["content"])
+    return [part["text"] if part["type"] == "text" else part["image"].rpartition("/")[2][0].upper() for part in parts]
+
+
+@pytest.mark.parametrize("conversation, expected", [
+    ([{"images": ["a.jpg", "b.jpg"], "user": "Which?", "assistant": "x"}], [["A", "\n", "B", "\nWhich?"], ["x"]]),
+    ([{"images": ["a.jpg", "b.jpg"], "user": "<|image_2|> or <|image_1|>?", "assistant": "x"}],
+     [["B", " or ", "A", "?"], ["x"]]),
+    ([{"images": ["a.jpg"], "user": "What?", "assistant": "x"}, {"user": "And?", "assistant": "y"}],
+     [["A", "\nWhat?"], ["x"], ["And?"], ["y"]]),
+    ([{"images": [], "user": "What is <|image_1|>?", "assistant": "x"}], [["What is <|image_1|>?"], ["x"]]),
+])
+def test_phi3_cookbook(write, pictures, conversation, expected):
+    records = open_records(write([{"id": "val-1", "source": "ucf101", "conversations": conversation}]))
+    assert [parts_shown(records[0], turn) for turn in range(len(expected))] == expected
+    assert records.dialects == {"Phi-3 cookbook": 1} and not records.notes and records[0].id == "val-1"
+
+
+def test_a_mark_without_a_picture_in_a_cookbook_row(write, pictures):
+    row = {"conversations": [{"images": ["a.jpg"], "user": "<|image_1|> <|image_2|>", "assistant": "x"}]}
+    assert "marks and pictures do not match" in problem_of(write([row]))
+
+
+TRAINED = "Task: Save it\n(Platform: Mac)\n(Answer in Action-Operation-Sensitive format.)\nHistory steps: \n0. CLICK()\n"
+ASKED = "Task: Save it\nHistory steps: \n0. CLICK()\n(Platform: Mac)\n(Answer in Action-Operation-Sensitive format.)\n"
+
+
+@pytest.mark.parametrize("text, count", [(TRAINED, 1), (ASKED, 0)])
+def test_the_order_of_cogagents_prompt_is_warned_about(write, pictures, text, count):
+    messages = [{"role": "user", "content": text, "image": "a.jpg"}, GOOD]
+    records = open_records(write([{"messages": messages}]))
+    assert parts_shown(records[0]) == ["A", text] and records.dialects == {"CogAgent": 1}
+    assert list(records.notes.values()) == [1] * count
+
+
+def test_smol_smoltalk(write):
+    row = {"messages": [{"role": "system", "content": "S"}, USER, GOOD, USER, GOOD], "source": "smol-magpie-ultra-short"}
+    records = open_records(write([row]))
+    assert records[0].messages == row["messages"] and records.dialects == {"messages": 1} and not records.notes
+
+
+def test_raw_guicourse_rows_are_sent_to_the_converter(write):
+    rows = [{"uid": "u", "image_id": "i", "question": "x", "answer": "y"}, {"uid": "u", "image_id": "i", "text": []}]
+    bad = open_records(write(rows), on_bad_row="skip").bad
+    assert ["data convert guicourse" in row["problem"] for row in bad] == [True, True]
+
+
+def test_arguments_encoded_twice(write):
+    call = {"name": "return_value", "arguments": json.dumps(json.dumps({"value": "x"}))}
+    record = open_records(write([{"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]}]))[0]
+    assert record.messages[1]["tool_calls"][0]["function"] == {"name": "return_value", "arguments": {"value": "x"}}
