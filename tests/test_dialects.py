@@ -128,6 +128,28 @@ def test_sft_refuses_a_problem_in_one_sentence(write, quiz):
         open_records(write([{"quiz": "2 + 2?"}]), takes=Stage.takes)
 
 
+def test_a_run_says_what_it_makes_of_its_rows(write, tmp_path):
+    """The notes that a user reads at the start of --stage sft, and the sentence that ends it."""
+    from data.rows import open_rows
+    from model.family import find_family
+    from model.tiny import write_tiny
+    from stages import list_stages
+    from training.config import read_config
+
+    write_tiny("qwen2", tmp_path / "base")
+    stages = {name: module.Flags for name, module in list_stages().items()}
+    takes = list_stages()["sft"].Stage.takes
+
+    def open_file(rows):
+        config = read_config(["--base_model", str(tmp_path / "base"), "--data_path", str(write(rows))], stages)
+        return open_rows(config, find_family(tmp_path / "base"), tmp_path, takes=takes)
+
+    text = open_file([KINDS_OF_ROWS[0], KINDS_OF_ROWS[1]] * 4).text
+    assert "4 messages" in text and "4 chosen/rejected" in text and "4 x preference read as its chosen answer alone" in text
+    with pytest.raises(UserError, match="rows.jsonl:2 the row is a problem .*the stage takes a conversation"):
+        open_file([KINDS_OF_ROWS[0], {"target": 3, "nums": [1, 2]}])
+
+
 # ---- problems ------------------------------------------------------------------------------------------------------
 
 TRUTH = {"numbers": [44, 19, 35], "target": 98}
