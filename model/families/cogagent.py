@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data.batches import Packed
 from data.errors import UserError
-from data.images import open_image
+from data.images import open_resized
 from data.labels import NO_LOSS, Example
 from model.attention import segment_attention
 from model.family import Family
@@ -367,7 +367,9 @@ class CogAgent(Family):
 
     def picture(self, image: Any) -> tuple[dict[str, torch.Tensor], int]:
         size = self.seen_size(0, 0)  # the same for all
-        pixels = numpy.asarray(open_image(image, over_white=False).resize(size, Image.Resampling.BICUBIC))  # (S, S, 3) bytes
+        cache = self.options.image_cache
+        (resized,) = open_resized(image, [size], Image.Resampling.BICUBIC, over_white=False, cache=cache)
+        pixels = numpy.asarray(resized)  # (S, S, 3) bytes
         levels = numpy.arange(256, dtype=numpy.float32) / 255  # a byte has 256 values: normalised once, looked up
         tables = [(levels - numpy.float32(mean)) / numpy.float32(std) for mean, std in zip(MEAN, STD, strict=True)]
         images = numpy.stack([table[pixels[..., channel]] for channel, table in enumerate(tables)])  # (3, S, S)
