@@ -49,6 +49,7 @@ class Run:
     def __init__(self, config: Config, stage_class: type):
         from data.batches import Batches, Encoded
         from data.rows import open_rows
+        from data.sources import sha256_of
         from eval.examiner import check_names
         from lora import adapter, files
         from model import load_model
@@ -98,12 +99,14 @@ class Run:
         print(f"{self.rows.text}; {self.last} updates of {self.batches.step_rows}, {self.batches.steps_per_epoch} an epoch")
 
         # the optimizer, and the state
-        default_rate = self.family.learning_rate(full=not config.use_lora)
+        default_rate = self.family.learning_rate(full=not config.use_lora) * self.stage.rate
         self.rate = default_rate if config.learning_rate is None else config.learning_rate
         groups = optim.parameter_groups(self.model, config.weight_decay)
         self.optimizer = optim.build_optimizer(config.optim, groups, self.rate, betas=(0.9, config.adam_beta2))
         self.state = State(scaler=self.precision.scaler())
         self.identity = trajectory(config) | {"data_sha256": self.rows.sha256}
+        if config.adapter:
+            self.identity["adapter_sha256"] = sha256_of(Path(config.adapter) / files.WEIGHTS)
         self.plan = rehearsal.Plan(self.model, config)
         self.state.micro_tokens = self.plan.micro_tokens(self.rows.lengths.longest)
         self.model.train()
@@ -117,18 +120,19 @@ class Run:
         from training.guards import Stop
         from training.journal import Journal
 
+        if not self.found:
+            expected = self.rehearse()
+        self.stage.prepare(self)  # the weights are still those of the start
         if self.found:
             self.resume(self.found)
             if self.state.step >= self.last and self.target.exists():
                 print(f"nothing to do: {self.folder} has all its {self.last} updates; train longer in a new --output_dir")
                 return 0
-        else:
-            expected = self.rehearse()
         if not (self.folder / "run.yaml").exists():
             (self.folder / "run.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         config = self.config
         self.journal = Journal(self.folder, self.last, self.state.step, config.logging_steps, config.report_to)
-        examiner = Examiner(config, self.model, self.rows, self.precision, self.journal, self.state)
+        examiner = Examiner(config, self.model, self.stage, self.rows, self.precision, self.journal, self.state)
         if not self.found:
             self.write_opening(expected)
             examiner.examine(0, "before")
@@ -227,7 +231,7 @@ class Run:
             (loss * self.state.scaler.scale).backward()
             loss_sum += loss.detach()  # one wait for the card a step, not one a row
             figures = {name: figures.get(name, 0.0) + value for name, value in more.items()}
-        return loss_sum.item(), figures
+        return loss_sum.item(), {name: float(value) for name, value in figures.items()}
 
     def no_update(self, verdict, examples: list) -> None:
         """Write down a step whose update was not made, and why; end the run if the judge says so."""
@@ -257,8 +261,9 @@ class Run:
         seconds = per_position * rows.lengths.mean * min(self.batches.step_rows, len(rows.lengths.kept)) + update
         expected = self.plan.forecast(tokens, seconds, self.last)
         print(f"forecast, with packed rows of {tokens} positions:\n{expected.text()}")
-        shown = explain(worst[-1], self.family.tokenizer, sys.stdout.isatty())
-        print(f"a row as the model sees it, supervised tokens marked:\n{shown[-4000:]}")
+        print("a row as the model sees it, supervised tokens marked:")
+        for sequence in self.stage.sequences(worst[-1]):
+            print(explain(sequence, self.family.tokenizer, sys.stdout.isatty())[-4000:])
         return expected
 
     def write_opening(self, expected) -> None:

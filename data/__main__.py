@@ -3,6 +3,7 @@
     python -m data download NAME                             a data set of the recipes, into data/raw/NAME
     python -m data convert guicourse --input_dir DIR --output_dir DIR
                                                              GUICourse's published files, as rows to train on
+    python -m data make countdown --num N --output_dir DIR   Countdown problems with exact answers
     python -m data demo_base --output_dir runs/demo_base     the base of the built-in task, from random weights
 
 The base takes four lessons, each a whole run of train.py (all weights, AdamW) on screens of its own that starts from the
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from data.download import DATA_SETS, download
 from data.errors import UserError, command
+from data.make import add_flags, make_countdown
 
 
 @dataclass
@@ -51,7 +53,11 @@ def main() -> None:
     base.add_argument("--output_dir", required=True, metavar="DIR", help="a folder for each lesson goes here")
     base.add_argument("--share", type=float, default=1.0, metavar="X", help="of the updates of every lesson (1.0)")
     base.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    add_convert(doors)
+    convert = doors.add_parser("convert", help="GUICourse as its authors publish it, as rows to train on")
+    convert.add_argument("name", choices=["guicourse"])
+    convert.add_argument("--input_dir", required=True, metavar="DIR", help="*_data.json and *_images.parquet lie below it")
+    convert.add_argument("--output_dir", required=True, metavar="DIR", help="NAME.jsonl and images/NAME/ go here")
+    add_flags(doors.add_parser("make", help="draw a data set: Countdown problems with exact answers"))
     flags = parser.parse_args()
     if flags.door == "download":
         run_download(flags)
@@ -59,6 +65,8 @@ def main() -> None:
         from data.convert import convert_guicourse
 
         convert_guicourse(Path(flags.input_dir), Path(flags.output_dir))
+    elif flags.door == "make":
+        make_countdown(flags)
     else:
         make_base(Path(flags.output_dir), flags.share, flags.device)
 
@@ -91,14 +99,6 @@ def run_download(flags: argparse.Namespace) -> None:
         download(flags.name, folder, flags.revision, flags.limit, flags.files, flags.image_host)
     except KeyboardInterrupt:
         raise UserError(f"stopped; what has arrived is in {folder}, and the same command goes on from there") from None
-
-
-def add_convert(doors) -> None:
-    """The flags of `python -m data convert`."""
-    convert = doors.add_parser("convert", help="GUICourse as its authors publish it, as rows to train on")
-    convert.add_argument("name", choices=["guicourse"])
-    convert.add_argument("--input_dir", required=True, metavar="DIR", help="*_data.json and *_images.parquet lie below it")
-    convert.add_argument("--output_dir", required=True, metavar="DIR", help="NAME.jsonl and images/NAME/ go here")
 
 
 def make_base(folder: Path, share: float, device: str) -> None:

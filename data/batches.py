@@ -29,6 +29,7 @@ class Packed:
     pixels: list[dict[str, torch.Tensor]]  # one dict an example, empty without pictures
     image_spans: list[tuple[int, int]]  # in the packed row
     weights: torch.Tensor | None  # (T,) loss weight of each token, None = all 1
+    values: dict[str, torch.Tensor]  # name -> (S,), a stage's own number of each of the S examples
     ids: list[str]
 
     def to(self, device: torch.device | str) -> "Packed":
@@ -40,7 +41,7 @@ class Packed:
         pixels = [{name: move(tensor) for name, tensor in p.items()} for p in self.pixels]
         return replace(
             self, input_ids=move(self.input_ids), labels=move(self.labels), positions=move(self.positions),
-            weights=move(self.weights), pixels=pixels,
+            weights=move(self.weights), values={name: move(tensor) for name, tensor in self.values.items()}, pixels=pixels,
         )
 
     def supervised(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,13 +71,22 @@ def pack_row(examples: list[Example]) -> Packed:
         pixels=[e.pixels for e in examples],
         image_spans=spans,
         weights=weights,
+        values={name: torch.tensor([e.values[name] for e in examples]) for name in examples[0].values},
         ids=[e.id for e in examples],
     )
 
 
 def pack(examples: list[Example], micro_tokens: int) -> list[Packed]:
-    """Rows of at most micro_tokens, longest examples first into the first row with room; a longer example rides alone."""
-    rows: list[list[Example]] = []
+    """Packed rows of at most micro_tokens positions."""
+    return [pack_row(row) for row in group(examples, micro_tokens)]
+
+
+def group(examples: list[Any], micro_tokens: int) -> list[list[Any]]:
+    """The examples of each packed row, longest first into the first row with room; a longer example rides alone.
+
+    An example is anything with a length, such as a pair that must lie in one row.
+    """
+    rows: list[list[Any]] = []
     room: list[int] = []
     for example in sorted(examples, key=len, reverse=True):  # stable: equal lengths keep their order
         fits = next((i for i, left in enumerate(room) if left >= len(example)), None)
@@ -86,7 +96,7 @@ def pack(examples: list[Example], micro_tokens: int) -> list[Packed]:
             fits = len(rows) - 1
         rows[fits].append(example)
         room[fits] -= len(example)
-    return [pack_row(row) for row in rows]
+    return rows
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> list[int]:

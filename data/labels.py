@@ -27,7 +27,8 @@ class Example:
     """One row as the network takes it: T positions, pictures' included.
 
     labels belong to the token of the same place (unshifted), -100 where there is no loss; weights scale the loss of a
-    token; positions are (T,) or (3, T), as the family counts them; an image span is the [start, end) of one picture.
+    token; positions are (T,) or (3, T), as the family counts them; an image span is the [start, end) of one picture; values
+    are a stage's own numbers, one of each for the whole example (a reference's log-probability, an advantage).
     """
 
     input_ids: "torch.Tensor"  # (T,)
@@ -36,6 +37,7 @@ class Example:
     image_spans: list[tuple[int, int]] = field(default_factory=list)
     positions: "torch.Tensor | None" = None
     weights: "torch.Tensor | None" = None  # (T,) float
+    values: dict[str, float] = field(default_factory=dict)
     id: str = ""
     where: str = ""
 

@@ -16,12 +16,14 @@ from data.records import Record, Records
 TEMPLATE_BYTES = 1024  # what a chat template may add to a row's own text: roles, a default system turn
 NUM_LONGEST = 16  # rows counted exactly to find the longest, taken by their estimate
 
-Count = Callable[[Record], tuple[int, int]]  # record -> (text, picture) positions
+Count = Callable[[Record], list[tuple[int, int]]]  # (text, picture) positions of each conversation; a preference has two
 
 
 @dataclass
 class Lengths:
     """Rows by number: `kept` fit, `longest_rows` are the longest of them (the first has `longest` positions).
+
+    A limit holds for each conversation; the length of a row is that of all it runs, both sides of a preference.
 
     bad: rows that are too long, in the form of bad_rows.jsonl. unusable: rows that the model cannot take at any length.
     limit_flag: the setting that refuses the bad ones, longest_refused: what it would have to be to admit them.
@@ -62,7 +64,7 @@ def measure(
             fits = limit is None or most_text + num_pictures <= limit
             if not fits or (text_limit is not None and most_text > text_limit):
                 record = records[index]
-                if refused := refuse_long(found, record, *count(record), limit, text_limit):
+                if refused := refuse_long(found, record, *max(count(record), key=sum), limit, text_limit):
                     found.bad.append(refused)
                     continue
         except UserError as error:
@@ -93,7 +95,7 @@ def find_longest(found: Lengths, records: Records, count: Count) -> None:
     for index in nlargest(NUM_LONGEST, found.kept, key=found.estimates.__getitem__):
         record = records[index]
         try:
-            exact[index] = sum(count(record))
+            exact[index] = sum(map(sum, count(record)))
         except UserError as error:
             found.unusable.append(entry(record, str(error)))
             exact[index] = 0

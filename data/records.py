@@ -55,9 +55,14 @@ class Record:
             return "preference"
         return "conversation" if self.truth is None or self.messages[-1]["role"] == "assistant" else "problem"
 
+    @property
+    def conversations(self) -> list[list[dict]]:
+        """What runs through the network for this row: its messages, and those of the rejected answer if it has one."""
+        return [self.messages] if self.rejected is None else [self.messages, self.rejected]
+
     def num_text_bytes(self) -> int:
         """UTF-8 bytes of texts, calls and tools: what the text tokens can be estimated from without tokenizing."""
-        turns = self.messages + (self.rejected or [])[-1:]
+        turns = sum(self.conversations, [])
         texts = [part.get("text", "") for turn in turns for part in parts_of(turn["content"])]
         calls = [turn["tool_calls"] for turn in turns if "tool_calls" in turn]
         texts += [json.dumps([calls, self.tools], ensure_ascii=False)] if calls or self.tools else []
@@ -104,7 +109,7 @@ class Part:
         self.starts.append(start)
         self.sizes.append(size)
         self.text_bytes.append(record.num_text_bytes())
-        image_sizes = tuple(record.image_sizes)
+        image_sizes = tuple(record.image_sizes) * len(record.conversations)  # both sides of a pair have them
         self.image_sizes.append(self._seen_sizes.setdefault(image_sizes, image_sizes))
         self.dialects[record.dialect] += 1
         self.notes.update(notes)
@@ -136,6 +141,8 @@ class Part:
             record = Record(row_id, where, found.messages, tools, found.dialect, [], found.rejected, found.truth)
             record.image_sizes = [self._find(part) for part in record.pictures()]
             self._check_kind(record.kind, notes)
+            if "preference" not in self.takes:
+                record.rejected = None
             return record
         except Problem as problem:
             problem.row_id = row_id

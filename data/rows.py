@@ -128,9 +128,9 @@ def weigh(records: Records, kept: list[int], seed: int) -> list[int]:
     return weighed
 
 
-def counter(family: Any) -> Callable[[Record], tuple[int, int]]:
-    """A record's (text, picture) positions, as this family counts them."""
-    return lambda record: family.count(record.messages, record.tools, record.image_sizes)
+def counter(family: Any) -> Callable[[Record], list[tuple[int, int]]]:
+    """(text, picture) positions of each of a record's conversations, as this family counts them."""
+    return lambda record: [family.count(turns, record.tools, record.image_sizes) for turns in record.conversations]
 
 
 def measure_rows(records: Records, config: Any, family: Any) -> Lengths:

@@ -27,6 +27,15 @@ WEIGHT = re.compile(r"(.+)\*(\d+\.?\d*|\.\d+)")
 Piece = tuple[int, int, int, object]  # number of a row, where it lies (byte offset, size; 0, 0 in a table), what lies there
 
 
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in one pass with little memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 class Source:
     """A file of rows. name: what `where` begins with; folder: where relative picture paths start; entry: the part of
     --data_path that named it, and weight: how often an epoch sees each row."""
@@ -56,12 +65,8 @@ class Source:
         return [os.path.realpath(self.path), found.st_size, found.st_mtime_ns]
 
     def sha256(self) -> str:
-        """Of the file's bytes, in one pass with little memory."""
-        digest = hashlib.sha256()
-        with open(self.path, "rb") as file:
-            while chunk := file.read(2**22):
-                digest.update(chunk)
-        return digest.hexdigest()
+        """Of all that the rows are read from."""
+        return sha256_of(self.path)
 
 
 class Lines(Source):

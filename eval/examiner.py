@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data.errors import UserError
 from data.images import open_image
 from data.rows import Rows
 from eval.boxes import parse_boxes
@@ -24,15 +25,18 @@ from training.state import State
 
 NUM_SAMPLES = 6  # rows of each set on the report's page
 NOT_COMPARED = ("num_rows", "num_problems", "num_tokens")
+NO_SHARES = ("answer_tokens", "num_answers", "margin", "chosen_logp", "rejected_logp")  # figures that are no percentages
 
 
 class Examiner:
     """The evaluation sets of one run, what was found on them before, and the report."""
 
-    def __init__(self, config: Any, model: Model, rows: Rows, precision: Any, journal: Journal, state: State):
-        """state is where the run stands: lines of outputs/ that a resumed run will write again are dropped, and what was
-        found before the first step is read from the journal."""
-        self.config, self.model, self.rows, self.precision = config, model, rows, precision
+    def __init__(
+        self, config: Any, model: Model, stage: Any, rows: Rows, precision: Any, journal: Journal, state: State
+    ):
+        """stage is whose loss is asked for; state is where the run stands: lines of outputs/ that a resumed run will write
+        again are dropped, and what was found before the first step is read from the journal."""
+        self.config, self.model, self.stage, self.rows, self.precision = config, model, stage, rows, precision
         self.journal, self.state, step = journal, state, state.step
         self.folder = Path(config.output_dir)
         self.task: Task | None = find_task(config.eval_task) if config.predict_with_generate or rows.test_set else None
@@ -64,7 +68,7 @@ class Examiner:
         path = self.folder / "outputs" / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         found = self._evaluate(path, records, self.task if answers else None, {"when": when, "step": step})
-        shown = {"eval_loss" if key == "loss" else key: value for key, value in found.figures.items()}
+        shown = {f"eval_{key}" if key in found.of_stage else key: value for key, value in found.figures.items()}
         self.figures.setdefault(when, {})[name] = shown
         self.lines.setdefault(when, {})[name] = found.lines
         self.journal.event("eval", step, set=name, seconds=time.perf_counter() - started, **shown)
@@ -78,8 +82,8 @@ class Examiner:
             try:
                 with open(path, "a", encoding="utf-8") as file, self.precision.autocast():
                     return evaluate(
-                        self.model, records, task, max_new_tokens=self.config.max_new_tokens, batch_tokens=batch_tokens,
-                        output=file, extra=extra,
+                        self.model, records, task, stage=self.stage, max_new_tokens=self.config.max_new_tokens,
+                        batch_tokens=batch_tokens, output=file, extra=extra,
                     )
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or batch_tokens < 2:
@@ -93,7 +97,7 @@ class Examiner:
         for name, after in self.figures.get("after", {}).items():
             before = self.figures.get("before", {}).get(name, {})
             for key in (key for key in after if key in before and key not in NOT_COMPARED):
-                unit, scale = ("", 1) if key == "eval_loss" else ("%", 100)
+                unit, scale = ("", 1) if key.startswith("eval_") or key in NO_SHARES else ("%", 100)
                 values = {"before": scale * before[key], "after": scale * after[key], "unit": unit}
                 self.journal.event("comparison", self.state.step, name=f"{name}: {key.replace('_', ' ')}", **values)
 
@@ -134,7 +138,9 @@ class Examiner:
 
 def check_names(config: Any) -> None:
     """UserError for an eval_task or report_to that will not be found later, before anything is loaded."""
-    find_task(config.eval_task)
+    task = find_task(config.eval_task)
+    if not task.metrics and not task.measure:
+        raise UserError(f"--eval_task {config.eval_task} compares two models; python -m eval does, after the run")
     check_logger(config.report_to)
 
 

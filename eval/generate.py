@@ -78,20 +78,29 @@ def generate(
 
 
 @contextmanager
-def ready_to_generate(model: Model) -> Iterator[None]:
-    """Eval mode, no gradients, SDPA in the decoder; every module's mode and the attention are put back after."""
-    decoder = model.family.decoder(model.net)
-    attention = decoder.config._attn_implementation
+def inference(model: Model) -> Iterator[None]:
+    """Eval mode (no dropout) and no gradients; every module's mode is put back after."""
     training = [module for module in model.modules() if module.training]
     model.eval()
-    decoder.set_attn_implementation("sdpa")
     try:
         with torch.no_grad():
             yield
     finally:
-        decoder.set_attn_implementation(attention)
         for module in training:
             module.training = True
+
+
+@contextmanager
+def ready_to_generate(model: Model) -> Iterator[None]:
+    """inference() with SDPA in the decoder; the attention is put back after."""
+    decoder = model.family.decoder(model.net)
+    attention = decoder.config._attn_implementation
+    decoder.set_attn_implementation("sdpa")
+    try:
+        with inference(model):
+            yield
+    finally:
+        decoder.set_attn_implementation(attention)
 
 
 def batches_by_length(lengths: list[int], num_samples: int, max_new_tokens: int, batch_tokens: int) -> list[list[int]]:

@@ -7,11 +7,16 @@ fused F.linear_cross_entropy reports a bf16 loss.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from model.checkpointing import checkpoint
+
+if TYPE_CHECKING:
+    from data.batches import Packed
+    from model.family import Model
 
 CHUNK_BYTES = 128 * 2**20  # fp32 logits of one chunk: about 220 positions of Qwen's 151,936 words
 
@@ -33,6 +38,15 @@ def per_token(
         return values(hidden[where], *extra)
     chunks = zip(hidden[where].split(size), *(x.split(size) for x in extra), strict=True)
     return torch.cat([checkpoint(values, *chunk) for chunk in chunks])  # (n,)
+
+
+def sequence_logprobs(model: "Model", packed: "Packed") -> torch.Tensor:
+    """sum_t log p(token_t | tokens before it) over the supervised tokens of each example of a packed row: (S,) fp32."""
+    where, target = packed.supervised()
+    losses = per_token(model.hidden(packed), model.head_weight, negative_log_likelihood, where, target)  # (n,)
+    lengths = torch.tensor(packed.lengths, device=losses.device)
+    segment = torch.repeat_interleave(lengths)[where]  # (n,) number of the example that a token belongs to
+    return -losses.new_zeros(len(lengths)).index_add(0, segment, losses)  # (S,)
 
 
 def negative_log_likelihood(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

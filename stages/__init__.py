@@ -6,10 +6,15 @@ into text), and `Stage`:
 
     Stage.takes                     the kinds of row (data/records.py KINDS) that it is for; a row of another kind is refused
     Stage(flags, model, max_length) made once, before the data is read; the model's family, device and types are there
-    encode(record) -> example       what one row becomes; runs in worker processes
+    Stage.rate                      what the family's default learning rate is multiplied by
+    encode(record) -> example       what one row becomes (something with len() in positions, id, num_supervised); in workers
+    sequences(example)              its conversations as Examples: what is shown; evaluation asks for the first's answer
+    prepare(run)                    once before the first step, on a resume too; the weights are those of the start
     denominator(examples) -> float  what the loss of a whole optimizer step is divided by, counted before its first forward
     pack(examples, micro_tokens)    the step cut into packed rows
-    loss(model, packed, total) -> (sum of losses / total, statistics)
+    loss(model, packed, total) -> (sum of losses / total, figures by name, each a sum / total too)
+
+`Flags.defaults` may hold other defaults of train.py's settings for this stage. Evaluation in a run calls loss() too.
 
 Adding a stage edits nothing else. Stage files import nothing heavy at their top, so that --help answers at once.
 """

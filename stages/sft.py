@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data.errors import UserError
 
@@ -30,6 +30,7 @@ class Stage:
     """See stages/__init__.py for what each method is asked for."""
 
     takes = ("conversation",)
+    rate = 1.0
 
     def __init__(self, flags: Flags, model: Model, max_length: int | None = None):
         self.family = model.family
@@ -41,6 +42,12 @@ class Stage:
             raise UserError(f"{record.where}: no token of this row has a loss; remove it, or its \"train\": false")
         return example
 
+    def sequences(self, example: Example) -> list[Example]:
+        return [example]
+
+    def prepare(self, run: Any) -> None:
+        """Nothing is needed before the first step."""
+
     def denominator(self, examples: Iterable[Example]) -> float:
         """Supervised tokens of a step, each counted with its weight."""
         return sum(example.supervised_weight for example in examples)
@@ -50,7 +57,7 @@ class Stage:
 
         return pack(examples, micro_tokens)
 
-    def loss(self, model: Model, packed: Packed, total: float) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, model: Model, packed: Packed, total: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """-sum_t w_t log p(token_t | tokens before it) / total, over the supervised tokens of a packed row."""
         from model.head import negative_log_likelihood, per_token
 

@@ -30,6 +30,7 @@ from training.journal import read_journal
 FORKS = {
     "a token-weighted loss": "stages/weighted.py",
     "KL to a teacher": "stages/distill.py",
+    "SimPO": "stages/simpo.py",
     "a new optimizer": "training/optim_lion.py",
     "a dialect": "data/dialect_alpaca.py",
     "a metric": "eval/tasks/transcription.py",
@@ -156,6 +157,28 @@ def test_kl_to_a_teacher(tmp_path, base, teacher, rows):
     assert losses[-1] < 0.9 * losses[0]
     trained = load_file(output / "checkpoints" / "step-000010" / "trained.safetensors")
     assert trained.keys() == {f"net.{name}" for name, _ in student.named_parameters()}
+
+
+@pytest.mark.slow
+def test_simpo(tmp_path, base):
+    """The first loss is the paper's formula on transformers' network; then the chosen answers' scores rise above the others."""
+    pairs = [(CHATS[i], CHATS[i - 1][1]) for i in range(len(CHATS))]
+    path = write_rows(tmp_path / "pairs.jsonl", [{"prompt": q, "chosen": a, "rejected": other} for (q, a), other in pairs])
+    more = ["--stage", "simpo", "--simpo_margin", 0.5, "--learning_rate", "3e-3", "--max_steps", 5]
+    output, _ = run_fork(tmp_path, FORKS["SimPO"], base, path, *more)
+    _, family = load_model(base, dtype="float32")
+    net, values = open_hub_model(base), []
+    with torch.no_grad():
+        for (question, answer), other in pairs:
+            scores = []
+            for text in (answer, other):
+                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+                found, tokens = answers(net, family.encode(turns))
+                scores.append(2.0 * found.gather(1, tokens[:, None]).mean())
+            values.append(-F.logsigmoid(scores[0] - scores[1] - 0.5))
+    losses = losses_of(output)
+    assert losses[0] == pytest.approx(torch.stack(values).mean().item(), abs=1e-5)
+    assert losses[-1] < losses[0] - 0.1 and not (output / "reference.safetensors").exists()
 
 
 def test_a_model_is_no_distance_from_itself(monkeypatch, base):

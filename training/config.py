@@ -77,7 +77,7 @@ class Config:
     freeze_vision: bool = option(False, "leave the vision tower untrained")
     freeze_projector: bool = option(False, "leave the projector between vision and language untrained")
     # Optimisation
-    learning_rate: float | None = option(None, "peak learning rate; default: the family's, by what is trained",
+    learning_rate: float | None = option(None, "peak learning rate; default: the family's, by what is trained and the stage",
                                          group="Optimisation")
     optim: str = option("adamw", "optimizer; its states take 8 bytes a trained weight, 2 in 8 bits", words=OPTIMIZERS)
     lr_schedule: str = option("cosine", "shape of the learning rate after warm-up", words="cosine linear constant")
@@ -207,8 +207,9 @@ def read_config(argv: list[str], stages: dict[str, type], demo: dict[str, Any] |
     if of_adapter and "use_lora" not in settled:
         settled["use_lora"] = of_adapter[0]._replace(value=True)
         note(f"{of_adapter[0].where} is given, so use_lora is true")
-    values = {name: said.value for name, said in settled.items()}
     owner = stages[stage.value]
+    defaults = [Said(f"--stage {stage.value}", *item) for item in getattr(owner, "defaults", {}).items()]
+    values = {name: said.value for name, said in (settle(defaults, stage.value, stages) | settled).items()}
     options = {name: values.pop(name) for name in fields_of(owner) if name in values}
     config = Config(**values, stage_options=owner(**options))
     config.output_dir = config.output_dir or os.path.join("checkpoints", config.stage)
@@ -247,6 +248,8 @@ def build_parser(stages: dict[str, type]) -> Parser:
                 flags[field.name].help += f"; --stage {stage}: {help_text(field)}"
             else:
                 flags[field.name] = add_flag(group, field.name, field)
+        for name, value in getattr(owner, "defaults", {}).items():
+            flags[name].help += f"; --stage {stage}: {value}"
     known = fields_of(Config, SeedKeys)
     for name in [field.name for field in dataclasses.fields(SeedKeys)] + list(RENAMED):
         add_flag(parser, name, known[RENAMED.get(name, name)], listed=False)

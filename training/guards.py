@@ -20,6 +20,7 @@ from types import FrameType
 from data.errors import UserError
 
 LOCK = ".lock"
+LEFT_BEHIND = ("checkpoints", "bad_rows.jsonl", "rows", ".rehearsal", "reference.safetensors")  # without a step no run yet
 WINDOW = 128  # steps; window and factor as in OLMo-core's skip-step optimizer
 SIGMAS = 6.0
 MAX_BAD = 5  # non-finite steps in a row
@@ -159,7 +160,7 @@ def open_folder(folder: str | Path) -> FolderLock:
     """Create the output folder where it is missing, refuse a stranger's, and lock it.
 
     A stranger's folder has files but neither run.yaml nor a committed step; what `python -m data check` and a run that
-    was killed in its first second leave behind does not count. UserError says which file was found.
+    was killed before its first step leave behind does not count. UserError says which file was found.
     """
     folder = Path(folder)
     try:
@@ -167,7 +168,7 @@ def open_folder(folder: str | Path) -> FolderLock:
         folder.mkdir(parents=True, exist_ok=True)
         names = sorted(path.name for path in folder.iterdir())
         is_run = "run.yaml" in names or any((folder / "checkpoints").glob("step-*"))
-        strangers = [name for name in names if name not in (LOCK, "checkpoints", "bad_rows.jsonl", "rows", ".rehearsal")]
+        strangers = [name for name in names if name not in (LOCK, *LEFT_BEHIND)]
         if strangers and not is_run:
             raise UserError(
                 f"{folder}: holds {strangers[0]!r} and no run of this trainer; choose an empty folder as --output_dir, "

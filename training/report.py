@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 KINDS, ARROW = ("expected", "before", "after"), "\u2192"
+STEP_KEYS = ("step", "loss", "lr", "grad_norm", "supervised_tokens", "seconds", "data_wait", "memory", "rows")  # of any stage
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the picture
 
 
@@ -123,7 +124,7 @@ def key_figures(report: Report) -> list[tuple[str, str]]:
     compared = {record["name"]: f"{_with_unit(record, 'before')} {ARROW} {_with_unit(record, 'after')}"
                 for record in report.events("comparison")}
     losses = {"training loss": [record["loss"] for record in steps if _is_taken(record)]}
-    losses |= {f"{name}: eval loss": [loss for _, loss in points] for name, points in _eval_losses(report).items()}
+    losses |= {f"{name}: eval loss": [loss for _, loss in points] for name, points in _evaluated(report, "loss").items()}
     for name, values in losses.items():
         ends = values[::max(1, len(values) - 1)]  # the first and the last, or the only one
         figures += [(name, f" {ARROW} ".join(f"{loss:.3f}" for loss in ends))] if ends and name not in compared else []
@@ -132,19 +133,26 @@ def key_figures(report: Report) -> list[tuple[str, str]]:
 
 
 def curves(report: Report) -> str:
-    """Loss, gradient norm, learning rate, speed and memory; skipped steps are marked and left out of the curves."""
+    """Loss, the stage's own figures, gradient norm, learning rate, speed and memory; skipped steps are marked and left out."""
     steps = report.steps()
     taken = [record for record in steps if _is_taken(record)]
     skipped = [record["step"] for record in steps if not _is_taken(record)]
 
     def curve(key: str) -> Points:
-        return [(record["step"], record[key]) for record in taken]
+        return [(record["step"], record[key]) for record in taken if key in record]
+
+    def beside_held_out(title: str, key: str) -> str:
+        held_out = [(name, "curve orange", points) for name, points in _evaluated(report, key).items()]
+        step_by_step = [("step", "curve faint", curve(key)), ("smoothed", "curve blue", smooth(curve(key)))]
+        return chart(title, step_by_step + held_out, skipped)
+
+    own = dict.fromkeys(key for record in taken for key in record if key not in STEP_KEYS and not key.endswith("_seconds"))
 
     speed = [(record["step"], record["supervised_tokens"] / max(record["seconds"], 1e-9)) for record in taken]
     forecast = sum(size for _, size in report.last("forecast").get("gib", []))
     charts = [
-        chart("Loss", [("step", "curve faint", curve("loss")), ("smoothed", "curve blue", smooth(curve("loss"))),
-                       *((name, "curve orange", points) for name, points in _eval_losses(report).items())], skipped),
+        beside_held_out("Loss", "loss"),
+        *(beside_held_out(key.replace("_", " "), key) for key in own),
         chart("Gradient norm", [("", "curve blue", curve("grad_norm"))], skipped),
         chart("Learning rate", [("", "curve blue", curve("lr"))]),
         chart("Supervised tokens per second", [("", "curve blue", speed)]),
@@ -255,12 +263,12 @@ def _is_taken(record: dict) -> bool:
     return "rows" not in record and math.isfinite(record["loss"])
 
 
-def _eval_losses(report: Report) -> dict[str, Points]:
-    """(step, loss) of each held-out set by its name."""
+def _evaluated(report: Report, key: str) -> dict[str, Points]:
+    """(step, a figure of the stage) of each held-out set by its name."""
     found: dict[str, Points] = {}
     for record in report.events("eval"):
-        if "eval_loss" in record:
-            found.setdefault(record.get("set", "held out"), []).append((record["step"], record["eval_loss"]))
+        if f"eval_{key}" in record:
+            found.setdefault(record.get("set", "held out"), []).append((record["step"], record[f"eval_{key}"]))
     return found
 
 
