@@ -119,6 +119,8 @@ def test_a_stage_takes_its_kinds(write, quiz, takes, good):
     assert all(" is a " in row["problem"] and "the stage takes a " in row["problem"] for row in records.bad)
     chosen_alone = takes == ("conversation",)
     assert records.notes == ({"preference read as its chosen answer alone": 1} if chosen_alone else {})
+    kinds = {"conversation"} if chosen_alone else {["conversation", "preference", "problem"][number] for number in good}
+    assert {record.kind for record in records} == kinds and all(record.kind in takes for record in records)
 
 
 def test_sft_refuses_a_problem_in_one_sentence(write, quiz):
