@@ -1,6 +1,9 @@
 """`python -m data`: data sets, fetched or made.
 
     python -m data download NAME                             a data set of the recipes, into data/raw/NAME
+    python -m data convert guicourse --input_dir DIR --output_dir DIR
+                                                             GUICourse's published files, as rows to train on
+    python -m data make countdown --num N --output_dir DIR   Countdown problems with exact answers
     python -m data demo_base --output_dir runs/demo_base     the base of the built-in task, from random weights
 
 The base takes four lessons, each a whole run of train.py (all weights, AdamW) on screens of its own that starts from the

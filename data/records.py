@@ -153,7 +153,7 @@ class Part:
             tools = read_objects(row.get("tools"), "tools") or None
             record = Record(row_id, where, found.messages, tools, found.dialect, [], found.rejected, found.truth)
             record.image_sizes = [self._find(part) for part in record.pictures()]
-            self._check_kind(record.kind, notes)
+            self._check_kind(record, notes)
             if "preference" not in self.takes:
                 record.rejected = None
             return record
@@ -161,13 +161,14 @@ class Part:
             problem.row_id = row_id
             raise
 
-    def _check_kind(self, kind: str, notes: Counter) -> None:
-        """Problem for a kind of row that is not taken; where conversations are, a preference is its chosen side."""
-        if kind in self.takes:
+    def _check_kind(self, record: Record, notes: Counter) -> None:
+        """Problem for a kind of row that is not taken; where conversations are, a preference becomes its chosen side."""
+        if record.kind in self.takes:
             return
-        if kind != "preference" or "conversation" not in self.takes:
+        if record.kind != "preference" or "conversation" not in self.takes:
             wanted = " or ".join(KINDS[name] for name in self.takes)
-            raise Problem(f"the row is {KINDS[kind]}", f"the stage takes {wanted}")
+            raise Problem(f"the row is {KINDS[record.kind]}", f"the stage takes {wanted}")
+        record.rejected = None
         notes["preference read as its chosen answer alone"] += 1
 
     def _find(self, part: dict) -> tuple[int, int]:
