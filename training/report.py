@@ -17,6 +17,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -144,7 +145,8 @@ def curves(report: Report) -> str:
     forecast = sum(size for _, size in report.last("forecast").get("gib", []))
     charts = [
         chart("Loss", [("step", "curve faint", curve("loss")), ("smoothed", "curve blue", smooth(curve("loss"))),
-                       *((name, "curve orange", points) for name, points in _eval_losses(report).items())], skipped),
+                       *((name, f"curve {colour}", points) for colour, (name, points) in
+                         zip(cycle(("orange", "green", "magenta")), _eval_losses(report).items(), strict=False))], skipped),
         chart("Gradient norm", [("", "curve blue", curve("grad_norm"))], skipped),
         chart("Learning rate", [("", "curve blue", curve("lr"))]),
         chart("Supervised tokens per second", [("", "curve blue", speed)]),
