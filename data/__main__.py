@@ -1,10 +1,12 @@
-"""`python -m data demo_base`: the base of the built-in task from random weights, by this trainer alone.
+"""The built-in task by hand: any number of its rows, and its base from random weights, by this trainer alone.
 
+    python -m data demo --rows 200 --seed 1 --output_dir runs/demo-200
     python -m data demo_base --output_dir runs/demo_base
 
-Four lessons, each a whole run of train.py (all weights, AdamW) on screens of its own that starts from the weights of the
-lesson before: reading one word, finding one of two or three buttons in four cells, a whole screen, and a screen with text
-fields in any row. A lesson's rows are drawn before it and removed after it; one that is finished is not run again.
+`demo` prints the command that trains on its rows. `demo_base` takes four lessons, each a whole run of train.py (all weights,
+AdamW) on screens of its own that starts from the weights of the lesson before: reading one word, finding one of two or
+three buttons in four cells, a whole screen, and a screen with text fields in any row. A lesson's rows are drawn before it
+and removed after it; one that is finished is not run again.
 """
 
 import argparse
@@ -40,15 +42,33 @@ SETTINGS = [
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data", description="Data sets of the project's own.")
     doors = parser.add_subparsers(dest="door", required=True)
+    rows = doors.add_parser("demo", help="write rows of the built-in task, and its held-out rows")
+    rows.add_argument("--rows", type=int, required=True, metavar="N",
+                      help="rows of the new task; a third as many of the old one are added")
+    rows.add_argument("--seed", type=int, default=0, help="of the screens (0)")
+    rows.add_argument("--output_dir", required=True, metavar="DIR", help="DIR/rows is emptied and filled")
     base = doors.add_parser("demo_base", help="make the built-in task's base again, from random weights")
     base.add_argument("--output_dir", required=True, metavar="DIR", help="a folder for each lesson goes here")
-    base.add_argument("--share", type=float, default=1.0, metavar="X", help="of the updates of every lesson (1.0)")
     base.add_argument("--device", default="auto", help="auto, cpu or cuda")
     flags = parser.parse_args()
-    make_base(Path(flags.output_dir), flags.share, flags.device)
+    if flags.door == "demo":
+        write_rows(Path(flags.output_dir) / "rows", flags.rows, flags.seed)
+    else:
+        make_base(Path(flags.output_dir), flags.device)
 
 
-def make_base(folder: Path, share: float, device: str) -> None:
+def write_rows(folder: Path, num_rows: int, seed: int) -> None:
+    """The demo's rows as `python train.py` draws them, and the command that trains on them. UserError for no rows."""
+    from data.demo import make_demo
+
+    if num_rows < 1:
+        raise UserError(f"--rows {num_rows}: at least one row is needed to train on")
+    train, new, old = make_demo(folder, num_rows, seed)
+    print(f"python train.py --base_model data/demo_base --data_path {train} --eval_path {new},{old} --output_dir "
+          f"{folder.parent / 'run'} --use_lora --seed {seed} --eval_task demo --predict_with_generate --eval_every no")
+
+
+def make_base(folder: Path, device: str) -> None:
     """Run the lessons; the last one's model/ is the base. Raises UserError where a lesson ends with an error."""
     weights = folder / "random"
     if not weights.exists():
@@ -56,7 +76,7 @@ def make_base(folder: Path, share: float, device: str) -> None:
     for number, lesson in enumerate(LESSONS, 1):
         run, rows = folder / f"{number}-{lesson.task}", folder / f"{number}-rows"
         if not (run / "model").exists():
-            train(lesson, weights, run, rows, max(1, round(share * lesson.steps)), device)
+            train(lesson, weights, run, rows, device)
             shutil.rmtree(rows)
         weights = run / "model"
     print(f"the base is {weights}")
@@ -83,12 +103,12 @@ def write_random(folder: Path) -> None:
     write_weights(net.to(torch.bfloat16), family, folder)
 
 
-def train(lesson: Lesson, weights: Path, run: Path, rows: Path, steps: int, device: str) -> None:
+def train(lesson: Lesson, weights: Path, run: Path, rows: Path, device: str) -> None:
     """One lesson: draw its screens, every one new, and train on each once."""
     from data.demo import make_rows
 
     shutil.rmtree(rows, ignore_errors=True)
-    path = make_rows(rows, lesson.task, steps * lesson.screens)
+    path = make_rows(rows, lesson.task, lesson.steps * lesson.screens)
     held_out = make_rows(rows, lesson.task, HELD_OUT, split="held_out", name="held_out")
     arguments = ["--base_model", weights, "--data_path", path, "--eval_path", held_out, "--output_dir", run]
     arguments += ["--batch_size", lesson.screens, "--learning_rate", lesson.rate, "--device", device, *SETTINGS]
