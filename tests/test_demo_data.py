@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from data import demo
+from data.errors import UserError
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -111,6 +112,14 @@ def test_the_command_writes_the_rows_of_the_demo_itself(tmp_path, capsys, monkey
     assert digest(tmp_path / "command" / "rows") == digest(tmp_path / "demo" / "rows")
     assert f"--data_path {tmp_path}/command/rows/train.jsonl" in capsys.readouterr().out
     assert [Path(path).name for path in config.eval_path.split(",")] == ["demo.jsonl", "old.jsonl"]
+
+
+def test_no_rows_are_refused_in_a_sentence(tmp_path):
+    import importlib
+
+    with pytest.raises(UserError, match="--rows 0: at least one row"):
+        importlib.import_module("data.__main__").write_rows(tmp_path / "rows", 0, 1)
+    assert not (tmp_path / "rows").exists()
 
 
 def test_no_question_of_a_screen_gives_away_the_answer_to_another():
