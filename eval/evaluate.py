@@ -70,7 +70,7 @@ def evaluate(
             more, tokens = token_loss(model, [example for _, example in rows], batch_tokens)
             total, count = total + more, count + tokens
             if task is not None:
-                prompts = [prompt_of(model.family, example) for _, example in rows]
+                prompts = [model.family.prompt_of(example) for _, example in rows]
                 limit = max_new_tokens or task.max_new_tokens
                 answers = generate(model, prompts, limit, batch_tokens=batch_tokens)
                 for (record, example), prompt, answer in zip(rows, prompts, answers, strict=True):
@@ -133,24 +133,9 @@ def token_loss(model: Model, examples: list[Example], micro_tokens: int) -> tupl
     return float(sum(sums)), count
 
 
-def answer_start(example: Example) -> int:
-    """Where the last trained answer of an example begins."""
-    trained = (example.labels != NO_LOSS).tolist()
-    place = len(trained) - trained[::-1].index(True)
-    while place > 0 and trained[place - 1]:
-        place -= 1
-    return place
-
-
-def prompt_of(family: Family, example: Example) -> Example:
-    """The example up to its last trained answer: the ids of family.encode_prompt, its pictures not opened again."""
-    end = answer_start(example)
-    return family.example(example.input_ids[:end], [NO_LOSS] * end, example.pixels)
-
-
 def label_of(family: Family, example: Example) -> str:
     """The last trained answer as text, without its stop token: what the model would have to write."""
-    ids = example.labels[answer_start(example) :].tolist()
+    ids = example.labels[family.answer_start(example) :].tolist()
     end = next((place for place, token in enumerate(ids) if token == NO_LOSS or token in family.stop_ids), len(ids))
     text = family.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return family.answer_text(text)

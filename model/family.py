@@ -225,18 +225,27 @@ class Family:
         """What of a generated text is the message's content: all of it, unless a template opens answers itself."""
         return text
 
+    def answer_start(self, example: Example) -> int:
+        """Where the last trained answer of an example begins: the number of ids that generation feeds."""
+        trained = (example.labels != NO_LOSS).tolist()
+        place = len(trained) - trained[::-1].index(True)
+        while place > 0 and trained[place - 1]:
+            place -= 1
+        return place
+
+    def prompt_of(self, example: Example) -> Example:
+        """An example up to its last trained answer, pictures included."""
+        end = self.answer_start(example)
+        return self.example(example.input_ids[:end], [NO_LOSS] * end, example.pixels)
+
     def encode_prompt(self, messages: list[dict], tools: list | None = None) -> Example:
         """What generation feeds: the ids that encode puts before the last answer (a last assistant turn is left out).
 
         Made by rendering an answer and cutting before it, so training and generation cannot disagree.
         """
         messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        full = self._encode([*messages, {"role": "assistant", "content": "x"}], tools)
-        last = full.labels != NO_LOSS
-        end = int(last.nonzero()[-1]) + 1
-        while end > 0 and last[end - 1]:
-            end -= 1
-        return self.example(full.input_ids[:end], [NO_LOSS] * end, full.pixels)
+        asked = [message | {"train": False} for message in messages]
+        return self.prompt_of(self._encode([*asked, {"role": "assistant", "content": "x"}], tools))
 
 
 class Model(nn.Module):
