@@ -40,14 +40,14 @@ class Family:
     name = ""  # to define: the name that logs and `python -m model tiny` use
     model_types: tuple[str, ...] = ()  # to define: values of config.json's model_type that this family answers for
     prefixes: dict[str, str] = {}  # hub tensor name prefix -> module name prefix, longest first; {} = the same names
-    parts: dict[str, str] = {}  # to define: "language" | "projector" | "vision" -> module name prefix
+    parts: dict[str, str | tuple[str, ...]] = {}  # to define: "language" | "projector" | "vision" -> module name prefixes
     blocks: tuple[str, ...] = ()  # to define: module lists whose members are checkpointed
     quantized_parts: tuple[str, ...] = ("language",)  # parts whose linear layers --use_8bit and --use_4bit quantise
     lora_targets: tuple[str, ...] = ()  # to define: default target module names
     lora_parts: tuple[str, ...] = ("language",)  # parts that LoRA reaches by default
     tiny_tokens: tuple[str, ...] = ()  # to define: special tokens of the tokenizer that `python -m model tiny` makes
     tiny_template = ""  # to define: its chat template
-    opens_in_transformers = False  # whether transformers alone opens a checkpoint of it, under the module names used here
+    opens_in_transformers = ""  # the first release of transformers that has it under the module names used here, if any
     reference_learning_rate = 2e-4  # LoRA's usual rate at hidden size 2048; see learning_rate()
 
     def __init__(self, folder: str | Path, options: Options | None = None):
@@ -59,7 +59,7 @@ class Family:
     @classmethod
     def tiny_files(cls) -> dict[str, dict]:
         """To define: the JSON files of a tiny checkpoint in the hub's original form, config.json with it. Its keys
-        ..._token_id hold the token's text; model/tiny.py puts the ids there, and the vocabulary's size."""
+        ..._token_id (those of text_config too) hold the token's text; model/tiny.py puts the ids there, and vocab_size."""
         raise NotImplementedError(f"family {cls.name} has no tiny form")
 
     # ---- network ----------------------------------------------------------------------------------------------------
@@ -73,7 +73,8 @@ class Family:
         raise NotImplementedError(f"family {self.name} names no decoder")
 
     def embed(self, net: nn.Module, packed: Packed) -> torch.Tensor:
-        """Input embeddings of a packed row, pictures in their places: (T, D)."""
+        """Input embeddings of a packed row, pictures in their places: (T, D), or wider by what the decoder itself splits
+        off (features of a picture that join in later layers)."""
         return net.get_input_embeddings()(packed.input_ids)
 
     def decoder_positions(self, positions: torch.Tensor) -> torch.Tensor:
@@ -91,7 +92,8 @@ class Family:
 
     def part_of(self, module_name: str) -> str:
         """The part ("language", "projector", "vision") that a module or parameter belongs to: longest prefix wins."""
-        matching = [(len(p), part) for part, p in self.parts.items() if module_name == p or module_name.startswith(p + ".")]
+        prefixes = [(p, part) for part, some in self.parts.items() for p in ([some] if isinstance(some, str) else some)]
+        matching = [(len(p), part) for p, part in prefixes if f"{module_name}.".startswith(f"{p}.")]
         return max(matching)[1] if matching else "language"
 
     def learning_rate(self, full: bool) -> float:

@@ -53,7 +53,8 @@ def in_python(base: str, folder: Path, family: Any) -> str:
         )
     auto = "AutoModelForCausalLM" if family.image_token_id is None else "AutoModelForImageTextToText"
     return (
-        f"transformers >= 4.52:\n\n```python\nfrom peft import PeftModel\nfrom transformers import {auto}\n\n"
+        f"transformers >= {family.opens_in_transformers}:\n\n```python\n"
+        f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
         f'model = {auto}.from_pretrained("{base}", dtype="bfloat16")\n'
         f'model = PeftModel.from_pretrained(model, "{folder}/adapter")\n```'
     )
