@@ -59,7 +59,7 @@ def inspect(name: str) -> None:
         "head": "tied to the input embedding" if is_tied(net) else "its own",
         "tokenizer": present(folder, "tokenizer.json") or present(folder, "vocab.json", "merges.txt") or "none found",
         "template": find_template(folder),
-        "pictures": "none" if family.image_token_id is None else f"placeholder id {family.image_token_id}",
+        "pictures": "taken" if "vision" in family.parts else "none",
         "LoRA targets": f"{', '.join(family.lora_targets)} in {', '.join(family.lora_parts)}",
         "weights, GiB": ", ".join(f"{gib:.2f} {quant}" for quant, gib in weight_gib(family, net).items()),
     }
