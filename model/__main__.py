@@ -57,7 +57,7 @@ def inspect(name: str) -> None:
         "tensors": f"{len(shards.file_of)}: " + ", ".join(f"{n} {dtype}" for dtype, n in dtypes.items()),
         "files": ", ".join(files),
         "head": "tied to the input embedding" if is_tied(net) else "its own",
-        "tokenizer": present(folder, "tokenizer.json") or present(folder, "vocab.json", "merges.txt") or "none found",
+        "tokenizer": present(folder, "tokenizer.json") or present(folder, "vocab.json", "merges.txt") or present(folder, "tokenizer.model") or "none found",
         "template": find_template(folder),
         "pictures": "taken" if "vision" in family.parts else "none",
         "LoRA targets": f"{', '.join(family.lora_targets)} in {', '.join(family.lora_parts)}",

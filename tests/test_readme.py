@@ -54,15 +54,6 @@ def test_every_path_in_readme_exists():
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
-def test_the_table_of_families_counts_their_lines():
-    """Every file of model/families, each with its lines."""
-    _, _, rest = README.partition("<!-- families -->\n")
-    rows = [line.split(" | ") for line in rest.partition("\n<!-- /families -->")[0].splitlines()[2:]]
-    found = {re.search(r"\((.*)\)", file)[1]: int(lines.strip(" |")) for _, file, lines in rows}
-    paths = [path for path in (ROOT / "model" / "families").glob("*.py") if path.name != "__init__.py"]
-    assert found == {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in paths}
-
-
 def test_python_section_runs():
     code = blocks("python")[0]
     if not (Path(ROOT) / "data/demo_base/model.safetensors").exists():
