@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,6 @@ class Family:
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json")
         self.options = options or Options()
-        self._tokenizer = None
 
     @classmethod
     def tiny_files(cls) -> dict[str, dict]:
@@ -113,13 +113,15 @@ class Family:
 
     # ---- text -------------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def tokenizer(self):
         """transformers' tokenizer of the checkpoint folder."""
-        if self._tokenizer is None:
-            self._tokenizer = self.load_tokenizer()
-            self.pieces = PieceTokenizer(self._tokenizer.backend_tokenizer)
-        return self._tokenizer
+        return self.load_tokenizer()
+
+    @cached_property
+    def pieces(self) -> PieceTokenizer:
+        """What render tokenizes its pieces with."""
+        return PieceTokenizer(self.tokenizer.backend_tokenizer)
 
     def load_tokenizer(self):
         """Read tokenizer.json as it stands, or build from vocab.json + merges.txt. Raises UserError for neither."""
@@ -196,7 +198,6 @@ class Family:
         return example
 
     def _encode(self, messages: list[dict], tools: list | None) -> Example:
-        self.tokenizer  # noqa: B018 - read at first use
         pictures = [self.picture(image) for image in images_of(messages)]
         pieces = self.render(messages, tools)
         pixels = self.join_pixels([tensors for tensors, _ in pictures])

@@ -159,8 +159,8 @@ def test_proxy_lite_command():
 
 def test_proxy_lite_training_arguments(tmp_path, capsys):
     config = read("--config", write_yaml(tmp_path, PROXY_LITE_ARGUMENTS))
-    assert differing(config) == dict(output_dir="./finetuned-proxy-lite", epochs=3, batch_size=4, grad_accum=4, precision="fp16",
-                                     learning_rate=2e-5, lora_targets=SEVEN, use_lora=True)
+    assert differing(config) == dict(output_dir="./finetuned-proxy-lite", epochs=3, batch_size=4, grad_accum=4,
+                                     precision="fp16", learning_rate=2e-5, lora_targets=SEVEN, use_lora=True)
     assert "use_lora is true" in capsys.readouterr().err
 
 
@@ -237,7 +237,8 @@ def test_shipped_recipes_are_read_and_start_with_their_command(recipe, capsys):
 
 @pytest.mark.parametrize("recipe, guide, more, changed", [
     ("proxy-lite-3b-lora", PROXY_LITE_ARGUMENTS, ["--use_8bit"], "precision eval_split"),
-    ("minicpm-v-2.5-guicourse-lora", MINICPM_LORA, [], "lora_r lora_alpha lora_targets use_8bit eval_path num_workers report_to"),
+    ("minicpm-v-2.5-guicourse-lora", MINICPM_LORA, [],
+     "lora_r lora_alpha lora_targets use_8bit eval_path num_workers report_to"),
     ("cogagent-9b-lora", COGAGENT_LORA, ["--eval_every", "500", "--max_new_tokens", "512"],
      "lora_parts use_8bit precision eval_split eval_path test_path num_workers"),
     ("phi3-vision-lora", PHI3_ARGUMENTS, [], "lora_targets max_length precision eval_split report_to"),

@@ -346,11 +346,9 @@ class CogAgent(Family):
 
     @property
     def stop_ids(self) -> list[int]:
-        self.tokenizer  # noqa: B018 - read at first use
         return [self.pieces.special[token] for token in STOPS]
 
     def render(self, messages: list[dict], tools: list | None) -> list[tuple[list[int], bool]]:
-        self.tokenizer  # noqa: B018 - read at first use
         return render_chat(messages, tools, self.pieces, official=self.options.labels == "official")
 
     def answer_start(self, example: Example) -> int:

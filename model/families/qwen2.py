@@ -48,7 +48,6 @@ class ChatML(Family):
 
     def render(self, messages: list[dict], tools: list | None) -> list[tuple[list[int], bool]]:
         """(ids, trained) pieces. Raises UserError for tools, calls or thoughts that the template leaves out."""
-        self.tokenizer  # noqa: B018 - read at first use
         has_calls = any(m.get("tool_calls") for m in messages)
         (marked, marked_tools), mark = self.pieces.mark([without_pictures(messages), tools])
         text = self.render_text(restore_pictures(marked, messages), marked_tools, has_calls)
@@ -123,13 +122,12 @@ class ChatML(Family):
         return self.apply_template([{"role": "user", "content": ""}], ask=True).partition(HEADER)[2]
 
     def answer_text(self, text: str) -> str:
-        """With what the prompt began; without thoughts that are none, which the template puts in by itself."""
-        return re.sub(r"\A<think>\s*</think>\s*", "", self.opening + text)
+        """With what the prompt began, once thoughts have ended; without empty ones, which the template puts in itself."""
+        return re.sub(r"\A<think>\s*</think>\s*", "", self.opening + text) if "</think>" in text else text
 
     @property
     def stop_ids(self) -> list[int]:
         """<|im_end|>, and <|endoftext|> where the vocabulary has it (base models end with it)."""
-        self.tokenizer  # noqa: B018 - read at first use
         return [self.pieces.special[t] for t in (STOP, "<|endoftext|>") if t in self.pieces.special]
 
 
