@@ -61,6 +61,7 @@ class Run:
         check_names(config)
         self.config, self.folder = config, Path(config.output_dir)
         self.device = memory.check_device(config.device)
+        memory.keep_freed_memory()
         self.precision = precision.choose(config.precision, self.device)
         self.machine = memory.machine_line(self.device, self.folder)
         print(self.machine)
@@ -73,7 +74,9 @@ class Run:
         quant = "8bit" if config.use_8bit else "4bit" if config.use_4bit else None
         kinds = self.precision
         storage = kinds.frozen if config.use_lora else kinds.full_8bit if "8bit" in config.optim else kinds.full
-        options = Options(max_pixels=config.max_pixels, tool_template=config.tool_template, labels=config.labels)
+        if config.image_cache:
+            Path(config.image_cache).mkdir(parents=True, exist_ok=True)
+        options = Options(config.max_pixels, config.tool_template, config.labels, config.image_cache)
         self.model, self.family = load_model(config.base_model, quant, storage, self.device, options)
         self.adapter_settings = adapter.Settings.from_config(config)
         adapter.attach(self.model, self.family, self.adapter_settings)

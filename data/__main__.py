@@ -1,19 +1,23 @@
-"""`python -m data demo_base`: the base of the built-in task from random weights, by this trainer alone.
+"""`python -m data`: data sets, fetched or made.
 
-    python -m data demo_base --output_dir runs/demo_base
+    python -m data download NAME                             a data set of the recipes, into data/raw/NAME
+    python -m data demo_base --output_dir runs/demo_base     the base of the built-in task, from random weights
 
-Four lessons, each a whole run of train.py (all weights, AdamW) on screens of its own that starts from the weights of the
-lesson before: reading one word, finding one of two or three buttons in four cells, a whole screen, and a screen with text
-fields in any row. A lesson's rows are drawn before it and removed after it; one that is finished is not run again.
+The base takes four lessons, each a whole run of train.py (all weights, AdamW) on screens of its own that starts from the
+weights of the lesson before: reading one word, finding one of two or three buttons in four cells, a whole screen, and a
+screen with text fields in any row. A lesson's rows are drawn before it and removed after it; one that is finished is not
+run again.
 """
 
 import argparse
+import difflib
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.download import DATA_SETS, download
 from data.errors import UserError, command
 
 
@@ -38,14 +42,48 @@ SETTINGS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data", description="Data sets of the project's own.")
+    parser = argparse.ArgumentParser(prog="python -m data", description="Data sets, fetched or made.")
     doors = parser.add_subparsers(dest="door", required=True)
+    add_download(doors)
     base = doors.add_parser("demo_base", help="make the built-in task's base again, from random weights")
     base.add_argument("--output_dir", required=True, metavar="DIR", help="a folder for each lesson goes here")
     base.add_argument("--share", type=float, default=1.0, metavar="X", help="of the updates of every lesson (1.0)")
     base.add_argument("--device", default="auto", help="auto, cpu or cuda")
     flags = parser.parse_args()
-    make_base(Path(flags.output_dir), flags.share, flags.device)
+    if flags.door == "download":
+        run_download(flags)
+    else:
+        make_base(Path(flags.output_dir), flags.share, flags.device)
+
+
+def add_download(doors) -> None:
+    """The flags of `python -m data download`."""
+    get = doors.add_parser("download", help=f"fetch a data set: {', '.join(DATA_SETS)}")
+    get.add_argument("name", metavar="NAME", help=", ".join(DATA_SETS))
+    get.add_argument("--output_dir", metavar="DIR", help="default: data/raw/NAME")
+    get.add_argument("--limit", type=int, metavar="N", help="the first N rows of each split, not all of them")
+    get.add_argument("--files", nargs="+", metavar="PATTERN", help="files of the data set, instead of those training needs")
+    get.add_argument("--revision", nargs="+", metavar="COMMIT",
+                     help="one for each repository; default: the commit of the first download, which was then the newest")
+    get.add_argument("--image_host", nargs="+", metavar="HOST",
+                     help="hosts that a table's pictures may come from, over https; default: the data set's own")  # fmt: skip
+
+
+def run_download(flags: argparse.Namespace) -> None:
+    """Check the flags and fetch."""
+    if flags.name not in DATA_SETS:
+        near = difflib.get_close_matches(flags.name, DATA_SETS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(DATA_SETS)}"
+        raise UserError(f"no data set is called {flags.name}; {hint}")
+    if flags.limit is not None and flags.limit < 1:
+        raise UserError(f"--limit {flags.limit}: one row at least")
+    if flags.image_host and not DATA_SETS[flags.name].image_column:
+        raise UserError(f"--image_host has no use: {flags.name} names no pictures to fetch")
+    folder = Path(flags.output_dir or Path("data/raw") / flags.name)
+    try:
+        download(flags.name, folder, flags.revision, flags.limit, flags.files, flags.image_host)
+    except KeyboardInterrupt:
+        raise UserError(f"stopped; what has arrived is in {folder}, and the same command goes on from there") from None
 
 
 def make_base(folder: Path, share: float, device: str) -> None:

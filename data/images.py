@@ -4,16 +4,20 @@ A picture file is a stranger's file: size on disk and size in pixels are read fr
 single pixel is decoded, only five plain formats are tried, and whatever the decoder objects to becomes one sentence
 that names the file. EXIF orientation is NOT applied: the original Qwen, MiniCPM, CogAgent and Phi-3 code reads the
 stored pixels too, and boxes in the rows are written for those. A header costs under 0.1 ms, an annotated screenshot
-(1330 x 1970) about 0.2 s and 63 MB of patches; nothing is cached.
+(1330 x 1970) about 0.2 s and 63 MB of patches. With --image_cache the resized picture stays on disk as a PNG.
 """
 
+import hashlib
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import PIL
 from PIL import Image
 
 from data.errors import UserError
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 MAX_DECODED_PIXELS = 50_000_000  # 150 MB as RGB; a page of 1,280 x 7,412, which Mind2Web has, is 9.5 million
 MAX_FILE_BYTES = 64 * 2**20
 MAX_ASPECT_RATIO = 200
+FREE_BYTES = 2**30  # of the disk that the cache leaves alone
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
@@ -89,9 +94,11 @@ def _check_pixels(image: Image.Image, name: str) -> None:
         raise UserError(f"{name} has {width} x {height} pixels, more than {MAX_DECODED_PIXELS:,}; save it smaller")
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
+def image_size(source: str | os.PathLike | Image.Image) -> tuple[int, int]:
     """(width, height) in pixels from the header alone. UserError where open_image would refuse the header."""
-    with _open_header(path) as image:
+    if isinstance(source, Image.Image):
+        return source.size
+    with _open_header(source) as image:
         return image.size
 
 
@@ -110,6 +117,55 @@ def open_image(source: str | os.PathLike | Image.Image, over_white: bool = True)
                 raise UserError(f"{name} is damaged or cut short: {error}") from None
     _check_pixels(source, name)
     return _to_rgb(source, over_white)
+
+
+def open_resized(
+    source: str | os.PathLike | Image.Image, sizes: list[tuple[int, int]], resample: Image.Resampling,
+    over_white: bool = True, transpose: bool = False, cache: str | None = None,
+) -> list[Image.Image]:
+    """open_image(source), mirrored along its diagonal if asked, in each of the sizes (width, height).
+
+    A file's results are kept as PNG in the folder `cache`, under the hash of the file's bytes and all else that they follow
+    from. An entry that does not read is made again; none is added where the disk has less than FREE_BYTES left.
+    """
+    paths: list[str] = []
+    if cache and not isinstance(source, Image.Image):
+        image_size(source)  # its checks, before the file's bytes are read
+        digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+        rule = f"{resample.name.lower()}{'-white' * over_white}{'-transposed' * transpose}-pillow{PIL.__version__}"
+        paths = [os.path.join(cache, digest[:2], f"{digest}-{width}x{height}-{rule}.png") for width, height in sizes]
+        kept = [_read_kept(path, size) for path, size in zip(paths, sizes, strict=True)]
+        if all(kept):
+            return kept
+    image = open_image(source, over_white)
+    if transpose:
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+    resized = [image.resize(size, resample) for size in sizes]
+    for path, picture in zip(paths, resized, strict=False):
+        _keep(picture, path)
+    return resized
+
+
+def _read_kept(path: str, size: tuple[int, int]) -> Image.Image | None:
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.load()
+            return image if image.mode == "RGB" and image.size == size else None
+    except Exception:  # not there, or torn: it is made again
+        return None
+
+
+def _keep(image: Image.Image, path: str) -> None:
+    """Write an entry of the cache whole or not at all; workers may write the same one at once."""
+    part = f"{path}.{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if shutil.disk_usage(os.path.dirname(path)).free >= FREE_BYTES:
+            image.save(part, "PNG", compress_level=1)
+            os.replace(part, path)
+    except OSError:  # a disk that refuses an entry costs time, not a row
+        if os.path.exists(part):
+            os.unlink(part)
 
 
 def _to_rgb(image: Image.Image, over_white: bool) -> Image.Image:
@@ -143,20 +199,18 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def patchify(
-    image: Image.Image, patch_size: int, merge_size: int, temporal_patch_size: int,
-    min_pixels: int, max_pixels: int, mean: Sequence[float], std: Sequence[float],
+    image: Image.Image, patch_size: int, merge_size: int, temporal_patch_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> tuple["torch.Tensor", tuple[int, int, int]]:
-    """An RGB picture as Qwen2-VL's patches: float32 (P, C * temporal_patch_size * patch_size^2) and its grid (1, h, w)
-    in patches, P = h * w. The merge_size^2 patches that become one token lie next to each other.
+    """An RGB picture in the size of smart_resize as Qwen2-VL's patches: float32 (P, C * temporal_patch_size * patch_size^2)
+    and its grid (1, h, w) in patches, P = h * w. The merge_size^2 patches that become one token lie next to each other.
 
-    Bit-equal to transformers' processor: bicubic resize of bytes by Pillow, / 255, minus mean, / std.
+    Bit-equal to transformers' processor: bytes resized bicubically by Pillow, / 255, minus mean, / std.
     """
     import numpy
     import torch
 
-    height, width = smart_resize(image.height, image.width, patch_size * merge_size, min_pixels, max_pixels)
-    pixels = numpy.asarray(image.resize((width, height), Image.Resampling.BICUBIC))  # (height, width, C) bytes
-    rows, columns = height // patch_size, width // patch_size
+    pixels = numpy.asarray(image)  # (height, width, C) bytes
+    rows, columns = image.height // patch_size, image.width // patch_size
     pixels = pixels.reshape(
         rows // merge_size, merge_size, patch_size, columns // merge_size, merge_size, patch_size, 3
     ).transpose(6, 0, 3, 1, 4, 2, 5).reshape(3, rows * columns, patch_size, patch_size)  # (C, P, patch, patch) bytes

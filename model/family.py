@@ -29,6 +29,7 @@ class Options:
     max_pixels: int | None = None
     tool_template: str = "none"
     labels: str = "ours"
+    image_cache: str | None = None
 
 
 class Family:

@@ -52,6 +52,6 @@ class _NegativeLogLikelihood(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         log_probs, target = ctx.saved_tensors
-        gradient = log_probs.exp()
+        gradient = log_probs.exp_()  # in place: a second backward through the same graph is an error, not a wrong number
         gradient[torch.arange(len(target), device=target.device), target] -= 1
         return gradient.mul_(grad[:, None]), None

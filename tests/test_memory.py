@@ -1,6 +1,9 @@
 """The plan against published and measured figures, the choice of a micro-batch, and what a machine is told."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,8 @@ from torch import nn
 from data.errors import UserError
 from training import memory
 from training.memory import GIB, Stack, advise, block_bytes, choose_micro_tokens, plan
+
+ROOT = Path(__file__).parent.parent
 
 # Sizes from the models' config.json: (D, query, key, intermediate, layers), V, parameters by part, LoRA r16 parameters.
 MODELS = {
@@ -193,6 +198,25 @@ def test_the_driver_is_read_from_proc(monkeypatch, tmp_path):
     assert memory.find_driver() == "580.65.06"
 
 
+@pytest.mark.parametrize("fraction, reserved, expected", [(1.0, 0, 10.5), (1.0, 10, 20.5), (0.5, 10, 12.5), (1.0, 14, 24.0)])
+def test_free_memory_of_a_card_keeps_to_what_torch_may_reserve(monkeypatch, fraction, reserved, expected):
+    """A card of 24 GiB with 10 free; the context is the driver's, and torch's limit does not count it."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved * GIB)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+    assert memory.free_gib(torch.device("cuda:0")) == pytest.approx(expected)
+
+
+def test_the_card_that_is_asked_for_becomes_the_current_one(monkeypatch):
+    """Random state and libraries follow the current card: with --device cuda:1 that must not be the first."""
+    current = []
+    for name, value in (("is_available", True), ("device_count", 2), ("get_device_capability", (8, 9)),
+                        ("get_arch_list", ["sm_86"])):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments, value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert memory.check_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
+
+
 def test_this_machine():
     cpu = torch.device("cpu")
     assert 0.05 < memory.peak_gib(cpu) < memory.free_gib(cpu) + memory.peak_gib(cpu)
@@ -200,3 +224,26 @@ def test_this_machine():
     assert memory.peak_gib(cpu) * GIB >= block.numel() * 4
     line = memory.machine_line(cpu, "outputs/not/yet/there")
     assert "\n" not in line and f"torch {torch.__version__}" in line and "GiB memory free" in line and "disk" in line
+
+
+def test_freed_memory_is_kept():
+    """Once the heap has grown, buffers of 64 MiB take pages that the process has, instead of new ones from the kernel."""
+    script = """
+import resource, sys
+import torch
+from training.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for round in range(20):
+    if round == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    a, b = torch.ones(2**24), torch.ones(2**24)
+    c = a + b
+    del a, b, c
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    new_pages = {}
+    for mode in ("keep", "default"):
+        done = subprocess.run([sys.executable, "-c", script, mode], cwd=ROOT, capture_output=True, text=True, check=True)
+        new_pages[mode] = int(done.stdout)
+    assert new_pages["keep"] < new_pages["default"] / 10, new_pages

@@ -27,12 +27,11 @@ MAX_BAD = 5  # non-finite steps in a row
 
 @dataclass
 class Statistics:
-    """What the judge remembers: the last WINDOW finite losses and gradient norms, and how many steps went wrong."""
+    """What the judge remembers: the last WINDOW finite losses and gradient norms, and how many steps went wrong just now."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     num_bad_in_a_row: int = 0
-    num_skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,6 @@ def judge(
     enters the window, so that a lasting change of level is soon accepted.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        record.num_skipped += 1
         if math.isfinite(loss) and loss_scale > 1:
             return Verdict("skip", f"the gradient overflowed fp16 at loss scale {loss_scale:g}")
         record.num_bad_in_a_row += 1
@@ -71,8 +69,6 @@ def judge(
                 spike = f"{name} {value:g} is more than {SIGMAS:g} sigma above its mean {mean:g}"
         window.append(value)
         del window[:-WINDOW]
-    if spike:
-        record.num_skipped += 1
     return Verdict("skip", spike) if spike else Verdict("update")
 
 

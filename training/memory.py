@@ -7,6 +7,7 @@ A block's activations are estimated 15-34 % above what was measured, so the plan
 milliseconds; the functions that plan take plain numbers and run without a card.
 """
 
+import ctypes
 import os
 import platform
 import re
@@ -150,7 +151,8 @@ def free_gib(device: "torch.device") -> float:
     if device.type == "cuda":
         import torch
         free, total = torch.cuda.mem_get_info(device)
-        return min(total, free + torch.cuda.memory_reserved(device) + CUDA_CONTEXT_GIB * GIB) / GIB
+        allowed = torch.cuda.get_per_process_memory_fraction(device) * total  # what torch may reserve, if someone has set it
+        return min(total, min(free + torch.cuda.memory_reserved(device), allowed) + CUDA_CONTEXT_GIB * GIB) / GIB
     available = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and limit.read_text().strip().isdecimal():  # a container's own, below the machine's
@@ -165,6 +167,15 @@ def peak_gib(device: "torch.device") -> float:
         import torch
         return torch.cuda.max_memory_reserved(device) / GIB + CUDA_CONTEXT_GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, as torch's allocator for cards does. By default each tensor over 32 MiB comes
+    from the kernel as fresh zeroed pages and goes back to it: a fifth of a step's processor time (bench/RESULTS.md)."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # numbers of malloc.h
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**31 - 1)
 
 
 def size_text(gib: float) -> str:
@@ -245,4 +256,5 @@ def check_device(device: str) -> "torch.device":
     if not supports_card(torch.cuda.get_device_capability(chosen), torch.cuda.get_arch_list()):
         raise UserError(f"this torch has no code for the {torch.cuda.get_device_name(chosen)}: install its build "
                         "cu126 (pytorch.org, Get Started), or pass --device cpu.")
+    torch.cuda.set_device(chosen)  # the card whose random state is saved, and that libraries without a device argument take
     return chosen

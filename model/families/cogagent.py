@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data.batches import Packed
 from data.errors import UserError
-from data.images import FORMATS, open_image
+from data.images import open_resized
 from data.labels import Example
 from model.attention import segment_attention
 from model.family import Family
@@ -364,7 +364,9 @@ class CogAgent(Family):
 
     def picture(self, image: Any) -> tuple[dict[str, torch.Tensor], int]:
         size = self.seen_size(0, 0)  # the same for all
-        pixels = numpy.asarray(opaque(image).resize(size, Image.Resampling.BICUBIC))  # (S, S, 3) bytes
+        cache = self.options.image_cache
+        (resized,) = open_resized(image, [size], Image.Resampling.BICUBIC, over_white=False, cache=cache)
+        pixels = numpy.asarray(resized)  # (S, S, 3) bytes
         levels = numpy.arange(256, dtype=numpy.float32) / 255  # a byte has 256 values: normalised once, looked up
         tables = [(levels - numpy.float32(mean)) / numpy.float32(std) for mean, std in zip(MEAN, STD, strict=True)]
         images = numpy.stack([table[pixels[..., channel]] for channel, table in enumerate(tables)])  # (3, S, S)
@@ -387,10 +389,3 @@ class CogAgent(Family):
             place = start + count
             advances[start + 1 : place] = 0
         return advances.cumsum(0) - 1
-
-
-def opaque(source: Any) -> Image.Image:
-    """A path or PIL picture as RGB, its transparency dropped as the makers drop it; decoded again once it is checked."""
-    image = open_image(source)
-    with source.copy() if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS) as raw:
-        return raw.convert("RGB") if raw.has_transparency_data else image

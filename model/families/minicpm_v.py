@@ -24,7 +24,7 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddi
 
 from data.batches import Packed
 from data.errors import UserError
-from data.images import open_image
+from data.images import image_size, open_resized
 from data.labels import NO_LOSS, Example, mask
 from model.families.qwen2 import joined
 from model.family import Family, Model, expand_pictures, images_of
@@ -362,11 +362,11 @@ class MiniCPMLlama3V(Family):
         return grid or (0, 0), overview, cell
 
     def picture(self, image: Any) -> tuple[dict[str, torch.Tensor], int]:
-        image = open_image(image, over_white=False)
-        grid, overview, (width, height) = self.plan(*image.size)
-        slices = [image.resize(overview, Image.Resampling.BICUBIC)]
+        grid, overview, (width, height) = self.plan(*image_size(image))
+        sizes = [overview] if grid == (0, 0) else [overview, (grid[0] * width, grid[1] * height)]
+        slices = open_resized(image, sizes, Image.Resampling.BICUBIC, over_white=False, cache=self.options.image_cache)
         if grid != (0, 0):
-            whole = image.resize((grid[0] * width, grid[1] * height), Image.Resampling.BICUBIC)
+            whole = slices.pop()
             corners = [(x * width, y * height) for y in range(grid[1]) for x in range(grid[0])]
             slices += [whole.crop((x, y, x + width, y + height)) for x, y in corners]
         patch = self.rule["patch_size"]

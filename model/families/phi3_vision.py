@@ -26,7 +26,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from data.batches import Packed, pack_row
 from data.errors import UserError
-from data.images import open_image
+from data.images import image_size, open_resized
 from data.labels import Example, Piece, cut_turns
 from model.families.qwen2 import ChatML, without_pictures
 from model.family import Family, Model
@@ -330,12 +330,13 @@ class Phi3Vision(Family):
         """The whole view and the tiles as pixel_values (1 + rows * columns, 3, S, S), and the canvas (height, width)."""
         import numpy
 
-        image, tile = open_image(image, over_white=False), self.tower_settings["image_size"]
-        rows, columns = self.grid(*image.size)
-        tall = image.width < image.height
-        if tall:
-            image = image.transpose(Image.Transpose.TRANSPOSE)
-        image = image.resize(self.scaled_size(*image.size), Image.Resampling.BILINEAR)
+        tile = self.tower_settings["image_size"]
+        width, height = image_size(image)
+        rows, columns = self.grid(width, height)
+        tall = width < height
+        size = self.scaled_size(max(width, height), min(width, height))
+        (image,) = open_resized(image, [size], Image.Resampling.BILINEAR, over_white=False, transpose=tall,
+                                cache=self.options.image_cache)  # fmt: skip
         canvas = Image.new("RGB", (image.width, math.ceil(image.height / tile) * tile), "white")
         canvas.paste(image, (0, (canvas.height - image.height) // 2))
         if tall:
