@@ -84,7 +84,7 @@ class Run:
         storage = kinds.frozen if config.use_lora else kinds.full_8bit if "8bit" in config.optim else kinds.full
         if config.image_cache:
             Path(config.image_cache).mkdir(parents=True, exist_ok=True)
-        options = Options(config.max_pixels, config.tool_template, config.labels, config.image_cache)
+        options = Options(config.max_pixels, config.tool_template, config.labels, config.image_cache, config.box_format)
         self.model, self.family = load_model(config.base_model, quant, storage, self.device, options)
         self.adapter_settings = adapter.Settings.from_config(config)
         adapter.attach(self.model, self.family, self.adapter_settings)
@@ -258,12 +258,11 @@ class Run:
     def rehearse(self):
         """Run the worst of the run once and undo it; print the forecast and a row as the model sees it."""
         from data.batches import Encoded
-        from data.explain import explain
+        from data.explain import explain_rows
         from training.rehearsal import fill, rehearse
 
         rows, tokens = self.rows, self.state.micro_tokens
-        candidates = Encoded(rows.train, self.stage.encode, rows.lengths.longest_rows)
-        longest = rows.usable([candidates[i] for i in range(len(candidates))])
+        longest = rows.usable(list(Encoded(rows.train, self.stage.encode, rows.lengths.longest_rows)))
         worst = fill(longest, tokens, self.batches.step_rows)
 
         def backward() -> tuple[int, float]:
@@ -273,9 +272,8 @@ class Run:
         seconds = per_position * rows.lengths.mean * min(self.batches.step_rows, len(rows.lengths.kept)) + update
         expected = self.plan.forecast(tokens, seconds, self.last)
         print(f"forecast, with packed rows of {tokens} positions:\n{expected.text()}")
-        print("a row as the model sees it, supervised tokens marked:")
-        for sequence in self.stage.sequences(worst[-1]):
-            print(explain(sequence, self.family.tokenizer, sys.stdout.isatty())[-4000:])
+        shown = rows.usable(list(Encoded(rows.train, self.stage.encode, rows.lengths.typical())))
+        print(explain_rows([s for row in shown for s in self.stage.sequences(row)], self.family.tokenizer))
         return expected
 
     def write_opening(self, expected) -> None:

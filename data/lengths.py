@@ -47,6 +47,13 @@ class Lengths:
         return sum(estimated) / len(estimated) * self.longest / self.estimates[self.longest_rows[0]]
 
 
+    def typical(self) -> list[int]:
+        """The numbers of at most three rows that say what the data looks like: the longest, one of middle length, the
+        shortest, by estimate."""
+        ordered = sorted(self.kept, key=self.estimates.__getitem__)
+        return list(dict.fromkeys([self.longest_rows[0], ordered[len(ordered) // 2], ordered[0]]))
+
+
 def measure(
     records: Records, count: Count, picture_positions: Callable[[int, int], int], limit: int | None, text_limit: int | None
 ) -> Lengths:
