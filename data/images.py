@@ -106,14 +106,18 @@ def _name(source: str | os.PathLike | bytes) -> str:
     return "the row's own picture" if in_the_row else f"picture {source}"
 
 
+def _decode_url(source: str | os.PathLike | bytes) -> str | os.PathLike | bytes:
+    """The bytes that a data URL holds; another source as it is."""
+    found = DATA_URL.match(source) if isinstance(source, str) else None
+    try:
+        return base64.b64decode(source[found.end() :], validate=True) if found else source
+    except ValueError as error:
+        raise UserError(f"{_name(source)} is a data URL that is not base64 ({error})") from None
+
+
 def _open_header(source: str | os.PathLike | bytes) -> Image.Image:
     """The picture of a file, a file's bytes or a data URL with its header read and its size checked, no pixel decoded."""
-    name = _name(source)
-    if isinstance(source, str) and (found := DATA_URL.match(source)):
-        try:
-            source = base64.b64decode(source[found.end() :], validate=True)
-        except ValueError as error:
-            raise UserError(f"{name} is a data URL that is not base64 ({error})") from None
+    name, source = _name(source), _decode_url(source)
     in_memory = isinstance(source, bytes)
     if not in_memory and not os.path.isfile(source):  # also keeps pipes and devices out, which would never end
         raise UserError(f"{name} does not exist or is not a file")
@@ -193,10 +197,10 @@ def open_resized(
     if cache and not isinstance(source, Image.Image):
         image_size(source)  # its checks, before the file's bytes are read
         file, part = split_part(source)
-        in_the_row = file if isinstance(file, bytes) else file.encode() if DATA_URL.match(file) else None
-        digest = hashlib.sha256(Path(file).read_bytes() if in_the_row is None else in_the_row).hexdigest()
-        rule = f"{resample.name.lower()}{'-white' * over_white}{'-transposed' * transpose}-pillow{PIL.__version__}"
-        rule += "" if part is None else "-part{}.{}.{}.{}".format(*part)
+        file = _decode_url(file)
+        digest = hashlib.sha256(file if isinstance(file, bytes) else Path(file).read_bytes()).hexdigest()
+        rule = f"{'-'.join(map(str, part))}-" if part else ""
+        rule += f"{resample.name.lower()}{'-white' * over_white}{'-transposed' * transpose}-pillow{PIL.__version__}"
         paths = [os.path.join(cache, digest[:2], f"{digest}-{width}x{height}-{rule}.png") for width, height in sizes]
         kept = [_read_kept(path, size) for path, size in zip(paths, sizes, strict=True)]
         if all(kept):

@@ -44,7 +44,7 @@ adam_beta2 adapter allow_outside_images base_model batch_size config data_path d
 eval_split eval_task force freeze_projector freeze_vision grad_accum gradient_checkpointing image_cache image_column image_root
 labels learning_rate logging_steps lora_alpha lora_dropout lora_parts lora_r lora_targets lr_schedule max_grad_norm max_length
 max_new_tokens max_pixels max_steps max_text_length micro_tokens num_virtual_tokens num_workers offload_activations
-on_bad_row optim output_dir peft_type precision predict_with_generate print_config prompt_template report_to
+on_bad_row optim output_dir peft_type precision predict_with_generate print_config prompt_template replay_step report_to
 response_template resume save_every save_total_limit seed skip_spikes stage test_path tool_template use_4bit use_8bit
 use_dora use_lora use_rslora warmup_steps weight_decay
 """.split()
@@ -231,8 +231,8 @@ def test_data_files_follow_the_data_argument(tmp_path):
 def test_shipped_recipes_are_read_and_start_with_their_command(recipe, capsys):
     command = recipe.read_text().splitlines()[0].removeprefix("# python train.py ").split()
     assert command[:2] == ["--config", f"configs/{recipe.name}"]
-    config = read_config(["--config", str(recipe), *command[2:]], {name: m.Flags for name, m in list_stages().items()})
-    assert config.base_model and (config.max_length == "auto" or config.on_bad_row == "skip")
+    config = read_config(["--config", str(recipe), *command[2:]], {name: stage.Flags for name, stage in list_stages().items()})
+    assert config.base_model and config.stage_options is not None
     assert capsys.readouterr().err == ""
 
 
@@ -418,7 +418,7 @@ def test_run_yaml_reproduces_the_settings(tmp_path, flags):
 
 def test_run_yaml_leaves_out_what_belongs_to_one_start():
     written = yaml.safe_load(to_yaml(read("--resume", "yes", "--force", "--print_config")))
-    assert set(FLAGS) - set(written) == {"resume", "force", "print_config", "config"}
+    assert set(FLAGS) - set(written) == {"resume", "force", "print_config", "config", "replay_step"}
 
 
 def test_trajectory_changes_with_what_is_learned_and_with_nothing_else():

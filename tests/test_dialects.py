@@ -119,6 +119,8 @@ def test_a_stage_takes_its_kinds(write, quiz, takes, good):
     assert all(" is a " in row["problem"] and "the stage takes a " in row["problem"] for row in records.bad)
     chosen_alone = takes == ("conversation",)
     assert records.notes == ({"preference read as its chosen answer alone": 1} if chosen_alone else {})
+    kinds = {"conversation"} if chosen_alone else {["conversation", "preference", "problem"][number] for number in good}
+    assert {record.kind for record in records} == kinds and all(record.kind in takes for record in records)
 
 
 def test_sft_refuses_a_problem_in_one_sentence(write, quiz):
@@ -126,6 +128,28 @@ def test_sft_refuses_a_problem_in_one_sentence(write, quiz):
 
     with pytest.raises(UserError, match=r"rows.jsonl:1 the row is a problem \(.*the stage takes a conversation \("):
         open_records(write([{"quiz": "2 + 2?"}]), takes=Stage.takes)
+
+
+def test_a_run_says_what_it_makes_of_its_rows(write, tmp_path):
+    """The notes that a user reads at the start of --stage sft, and the sentence that ends it."""
+    from data.rows import open_rows
+    from model.family import find_family
+    from model.tiny import write_tiny
+    from stages import list_stages
+    from training.config import read_config
+
+    write_tiny("qwen2", tmp_path / "base")
+    stages = {name: module.Flags for name, module in list_stages().items()}
+    takes = list_stages()["sft"].Stage.takes
+
+    def open_file(rows):
+        config = read_config(["--base_model", str(tmp_path / "base"), "--data_path", str(write(rows))], stages)
+        return open_rows(config, find_family(tmp_path / "base"), tmp_path, takes=takes)
+
+    text = open_file([KINDS_OF_ROWS[0], KINDS_OF_ROWS[1]] * 4).text
+    assert "4 messages" in text and "4 chosen/rejected" in text and "4 x preference read as its chosen answer alone" in text
+    with pytest.raises(UserError, match="rows.jsonl:2 the row is a problem .*the stage takes a conversation"):
+        open_file([KINDS_OF_ROWS[0], {"target": 3, "nums": [1, 2]}])
 
 
 # ---- problems ------------------------------------------------------------------------------------------------------

@@ -345,6 +345,14 @@ def test_the_cache_checks_a_file_before_reading_it(tmp_path):
             open_cached(tmp_path / "x.png", tmp_path / "cache")
 
 
+def test_the_cache_tells_parts_of_a_picture_apart(tmp_path, screens):
+    path, url = screens[-1], data_url(Image.open(screens[-1]).convert("RGB"))
+    for source in (f"{path}#xywh=0,0,60,90", f"{path}#xywh=9,0,60,90", url, url + "#xywh=0,0,60,90"):
+        plain = open_resized(source, [(20, 30)], Image.Resampling.BICUBIC)[0].tobytes()
+        assert [open_cached(source, tmp_path).tobytes() for _ in range(2)] == [plain] * 2
+    assert len(entries(tmp_path)) == 3  # the url holds the file's own bytes
+
+
 # ---- parts of pictures, and pictures inside rows -------------------------------------------------------------------
 
 def test_a_fragment_is_a_part_of_a_picture(tmp_path):

@@ -250,7 +250,8 @@ def write_mind2web(draw):
     value = draw.text(least=1)
     box = json.dumps({"bounding_box_rect": "100,10,50,20"})
     row = {"screenshot": str(draw.pictures / "a.png"), "operation": {"op": "TYPE", "value": value},
-           "confirmed_task": draw.text(), "pos_candidates": [{"attributes": box}], "action_reprs": [draw.text()], "target_action_index": "1"}
+           "confirmed_task": draw.text(), "pos_candidates": [{"attributes": box}], "action_reprs": [draw.text()],
+           "target_action_index": "1"}
     return row, [{"role": "assistant", "content": f"TYPE {value} <box>(500,100),(750,300)</box>"}]  # of 200 x 100 pixels
 
 
