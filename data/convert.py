@@ -8,6 +8,7 @@ becomes NAME.jsonl and images/NAME/. Of a parquet file a page is in memory, what
 twice. A row that cannot be converted stands in bad_rows.jsonl with its file and number, and the others go on.
 """
 
+import argparse
 import base64
 import json
 import os
@@ -27,6 +28,16 @@ from data.turns import Problem, decode, short
 
 BATCH_PICTURES = 16  # made into Python objects at once
 FILE_NAME = re.compile(r"[\w.+-]+")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=["guicourse"])
+    parser.add_argument("--input_dir", required=True, metavar="DIR", help="*_data.json and *_images.parquet lie below it")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="NAME.jsonl and images/NAME/ go here")
+
+
+def run(flags: argparse.Namespace) -> None:
+    convert_guicourse(Path(flags.input_dir), Path(flags.output_dir))
 
 
 def convert_guicourse(input_dir: Path, output_dir: Path) -> None:

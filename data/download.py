@@ -6,6 +6,8 @@ killed download goes on in the middle of a file; another commit is taken only fo
 rows are read out of the remote parquet files page by page, so that a thousand screenshots do not cost a file of 20 GB.
 """
 
+import argparse
+import difflib
 import fnmatch
 import hashlib
 import json
@@ -320,3 +322,34 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+# ---- python -m data download --------------------------------------------------------------------------------------------
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help=", ".join(DATA_SETS))
+    parser.add_argument("--output_dir", metavar="DIR", help="default: data/raw/NAME")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N rows of each split, not all of them")
+    parser.add_argument("--files", nargs="+", metavar="PATTERN", help="files of the data set, instead of those training needs")
+    parser.add_argument("--revision", nargs="+", metavar="COMMIT",
+                        help="one for each repository; default: the commit of the first download, which was then the newest")
+    parser.add_argument("--image_host", nargs="+", metavar="HOST",
+                        help="hosts that a table's pictures may come from, by https; default: the data set's own")  # fmt: skip
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Check the flags and fetch. Raises UserError."""
+    if flags.name not in DATA_SETS:
+        near = difflib.get_close_matches(flags.name, DATA_SETS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(DATA_SETS)}"
+        raise UserError(f"no data set is called {flags.name}; {hint}")
+    if flags.limit is not None and flags.limit < 1:
+        raise UserError(f"--limit {flags.limit}: one row at least")
+    if flags.image_host and not DATA_SETS[flags.name].image_column:
+        raise UserError(f"--image_host has no use: {flags.name} names no pictures to fetch")
+    folder = Path(flags.output_dir or Path("data/raw") / flags.name)
+    try:
+        download(flags.name, folder, flags.revision, flags.limit, flags.files, flags.image_host)
+    except KeyboardInterrupt:
+        raise UserError(f"stopped; what has arrived is in {folder}, and the same command goes on from there") from None

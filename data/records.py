@@ -16,9 +16,10 @@ from functools import reduce
 from itertools import accumulate
 from operator import iadd
 
+from data import index
 from data.dialects import read_row
 from data.errors import UserError
-from data.images import OutsideRoot, find_image, image_size
+from data.images import DATA_URL, OutsideRoot, find_image, image_size, split_part
 from data.sources import Source, open_sources
 from data.template import Template
 from data.turns import Problem, parts_of, read_objects, short
@@ -78,6 +79,7 @@ class Part:
 
     notes: what was changed or is worth saying, counted. dialects: good rows by dialect. bad: the refused rows, as they
     stand in bad_rows.jsonl; kinds[i]: the kind of problem of bad[i]; folders: image roots that would admit some of them.
+    pictures: the files that good rows name.
     """
 
     def __init__(
@@ -87,12 +89,19 @@ class Part:
         self.source, self.takes, self.template = source, takes, template
         root = source.folder if image_root is None else image_root
         self.roots = os.path.realpath(root), os.path.realpath(source.folder), allow_outside_images
+        self.clear()
+
+    def clear(self) -> None:
+        """No row."""
         self.numbers, self.starts, self.sizes, self.text_bytes = (array("Q") for _ in range(4))
         self.image_sizes: list[tuple[tuple[int, int], ...]] = []
         self.notes, self.dialects = Counter(), Counter()
         self.bad: list[dict] = []
+        self.bad_places: list[tuple[int, int, int]] = []
         self.kinds: list[str] = []
         self.folders: list[str] = []
+        self.pictures: set[str] = set()
+        self.sha256 = ""
         self._seen_sizes: dict[tuple, tuple] = {}  # rows with pictures of the same sizes share one tuple
 
     def check(self, number: int, start: int, size: int, raw: object) -> None:
@@ -102,6 +111,7 @@ class Part:
             record = self.record(raw, where, notes)
         except Problem as problem:
             self.bad.append({"where": where, "id": problem.row_id or where, "problem": str(problem)})
+            self.bad_places.append((number, start, size))
             self.kinds.append(problem.kind)
             self.folders += [problem.folder] if problem.folder else []
             return
@@ -111,6 +121,8 @@ class Part:
         self.text_bytes.append(record.num_text_bytes())
         image_sizes = tuple(record.image_sizes) * len(record.conversations)  # both sides of a pair have them
         self.image_sizes.append(self._seen_sizes.setdefault(image_sizes, image_sizes))
+        names = (part["image"] for part in record.pictures() if isinstance(part["image"], str))
+        self.pictures.update(split_part(name)[0] for name in names if not DATA_URL.match(name))
         self.dialects[record.dialect] += 1
         self.notes.update(notes)
 
@@ -125,8 +137,9 @@ class Part:
 
     def describe(self) -> dict:
         """For the journal and the report: the file, its rows, refused ones included, and what it is known by."""
-        file, weight = str(self.source.path), self.source.weight
-        return {"file": file, "rows": len(self.numbers) + len(self.bad), "sha256": self.source.sha256(), "weight": weight}
+        self.sha256 = self.sha256 or self.source.sha256()
+        facts = {"file": str(self.source.path), "rows": len(self.numbers) + len(self.bad)}
+        return facts | {"sha256": self.sha256, "weight": self.source.weight}
 
     def record(self, raw: object, where: str, notes: Counter) -> Record:
         """What a source gave for a row as a conversation. Raises Problem."""
@@ -253,8 +266,7 @@ def read_sources(
         raise UserError(f"--image_root {image_root} is not a folder")
     parts = [Part(source, image_root, allow_outside_images, takes, template) for source in sources]
     for part in parts:
-        for piece in part.source.pieces():
-            part.check(*piece)
+        index.fill(part)
         if not part.numbers and not part.bad:
             raise UserError(f"{part.source.path} holds no rows")
     return Records(parts)

@@ -101,16 +101,11 @@ class Document(Source):
     def pieces(self) -> Iterator[Piece]:
         with open(self.path, "rb") as file:
             raw = file.read(MAX_ROW_BYTES + 1)
-        try:
-            steps = self.expand(raw)
-        except Problem:
-            steps = [raw]  # parse() meets the same fault again, and says it of row 1
-        for number, row in enumerate(steps, 1):
+        for number, row in enumerate(self.expand(raw), 1):
             yield number, 0, len(raw), row
 
     def read(self, number: int, start: int, size: int) -> object:
-        raw = super().read(number, start, size)
-        steps = self.expand(raw)
+        steps = self.expand(super().read(number, start, size))
         return steps[number - 1] if number <= len(steps) else None
 
     def parse(self, raw: object) -> object:
@@ -119,7 +114,10 @@ class Document(Source):
     @staticmethod
     def expand(raw: bytes) -> list:
         """The rows that the first dialect that knows such a file makes of it, else itself as the one row."""
-        document = decode(raw)
+        try:
+            document = decode(raw)
+        except Problem:  # parse() meets it again
+            return [raw]
         found = [getattr(module, "expand", None) for name, module in sys.modules.items() if name.startswith("data.dialect_")]
         return next(filter(None, (expand(document) for expand in found if expand)), [document])
 

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from data import json_array
+from data import index, json_array
 from data.errors import UserError
-from data.images import open_image
+from data.images import find_file, open_image
 from data.json_array import split_array
 from data.records import open_records
+from data.sources import Lines
+from data.template import Template
 
 ANSWERS = ["4", "", 'a "b" \\ [1, {2}]\n', "h\u00e9 \U0001f600", "x" * 500]
 
@@ -294,3 +296,120 @@ def test_weights_make_the_multiset_of_an_epoch(tmp_path):
     assert sorted(times[f"a{n}"] for n in (0, 1, 2, 4)) == [2, 2, 3, 3] and "a3" not in times  # 0.4 of 4 rows: 2
     assert all(times[f"b{n}"] == 1 for n in range(8))
     assert sorted(times[f"c{n}"] for n in range(40)) == [0] * 30 + [1] * 10
+
+
+# ---- the index of a first pass ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def indexed(tmp_path, monkeypatch, picture):
+    """Rows of every kind, good and bad, in a file; every pass is worth an index, and the cache folder is a test's own."""
+    monkeypatch.setattr(index, "WORTH_SECONDS", -1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    picture.rename(tmp_path / "data" / "a.png")
+    rows = [chat(answer, id=n) for n, answer in enumerate(ANSWERS)]
+    rows += [{"messages": 3}, chat("see", image="a.png#xywh=1,2,3,4"), chat("see", image="later.png")]
+    return write_jsonl(tmp_path / "data" / "rows.jsonl", rows)
+
+
+def found_in(path, **options):
+    """All that is known of a source's rows."""
+    find_file.cache_clear()  # as in another process
+    records = open_records(path, on_bad_row="skip", **options)
+    rows = [(record.id, record.where, record.messages, record.image_sizes) for record in records]
+    counts = records.notes, records.dialects, records.text_bytes, records.image_sizes, records.bad, records.refusal()
+    return rows, *counts, records.parts[0].describe()
+
+
+def test_the_second_opening_reads_no_good_row(indexed, monkeypatch):
+    first = found_in(indexed)
+    assert (indexed.parent / ".rows.jsonl.index").exists()
+    monkeypatch.setattr(Lines, "pieces", lambda source: pytest.fail("the rows were gone through again"))
+    monkeypatch.setattr(Lines, "sha256", lambda source: pytest.fail("the file was read again"))
+    assert found_in(indexed) == first and len(first[0]) == 6
+
+
+def damage_row(indexed):
+    indexed.write_bytes(indexed.read_bytes().replace(b"assistant", b"asistant", 1))
+
+
+def bring_picture(indexed):
+    (indexed.parent / "later.png").write_bytes((indexed.parent / "a.png").read_bytes())
+
+
+def lose_picture(indexed):
+    (indexed.parent / "a.png").unlink()
+
+
+def change_picture(indexed):
+    Image.new("RGB", (3, 3)).save(indexed.parent / "a.png")
+
+
+@pytest.mark.parametrize("change", [damage_row, bring_picture, lose_picture, change_picture])
+def test_whatever_changed_is_found(indexed, monkeypatch, change):
+    before = found_in(indexed)
+    change(indexed)
+    after = found_in(indexed)
+    assert after != before
+    (indexed.parent / ".rows.jsonl.index").unlink()
+    assert found_in(indexed) == after
+
+
+def test_an_index_is_of_one_run_and_one_reading_code(indexed, tmp_path, monkeypatch):
+    assert len(found_in(indexed)[0]) == 6 and len(found_in(indexed, takes=["preference"])[0]) == 0
+    assert len(found_in(indexed)[0]) == 6 and len(found_in(indexed, template=Template("{id}", "{id}"))[0]) == 5
+    assert len(found_in(indexed)[0]) == 6
+    (tmp_path / "other").mkdir()
+    assert len(found_in(indexed, image_root=tmp_path / "other")[0]) == 5  # a.png lies outside it
+    monkeypatch.setattr(index, "code_version", lambda: "another")
+    monkeypatch.setattr(Lines, "pieces", lambda source: iter([(1, 0, 9, b"no row")]))
+    assert len(found_in(indexed)[0]) == 0
+
+
+def test_a_damaged_index_is_made_again(indexed):
+    expected, path = found_in(indexed), indexed.parent / ".rows.jsonl.index"
+    whole, rng = path.read_bytes(), random.Random(0)
+    for number in range(60):
+        place = rng.randrange(len(whole))
+        damaged = whole[:place] + (bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :] if number % 2 else b"")
+        path.write_bytes(damaged)
+        assert found_in(indexed) == expected
+    assert path.read_bytes() == whole
+
+
+def test_where_the_folder_cannot_be_written_the_index_lies_in_the_cache(indexed, tmp_path, monkeypatch):
+    expected, replace = found_in(indexed), index.os.replace
+    (indexed.parent / ".rows.jsonl.index").unlink()
+
+    def refuse(source, target):
+        if target.parent == indexed.parent:
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(index.os, "replace", refuse)
+    assert found_in(indexed) == expected
+    assert [path.name for path in indexed.parent.iterdir() if path.name.startswith(".")] == []
+    assert len(list((tmp_path / "cache").rglob("*.index"))) == 1
+    monkeypatch.setattr(Lines, "pieces", lambda source: pytest.fail("the rows were gone through again"))
+    assert found_in(indexed) == expected
+
+
+def test_every_format_is_indexed(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "WORTH_SECONDS", -1)
+    rows = [chat(answer, id=f"r{n}") for n, answer in enumerate(ANSWERS)]
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, 3]))
+    (tmp_path / "one.json").write_text(json.dumps(rows[0], indent=1))
+    (tmp_path / "torn.json").write_text("{\n")
+    write_parquet(tmp_path / "rows.parquet", rows)
+    write_csv(tmp_path / "rows.csv", rows)
+    first = found_in(tmp_path)
+    for source in {type(part.source) for part in open_records(tmp_path, on_bad_row="skip").parts}:
+        monkeypatch.setattr(source, "pieces", lambda source: pytest.fail("the rows were gone through again"))
+    assert found_in(tmp_path) == first and len(first[0]) == 16
+
+
+def test_a_quick_pass_leaves_no_file(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [chat("a")])
+    open_records(path)
+    assert list(tmp_path.iterdir()) == [path]

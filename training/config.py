@@ -119,6 +119,9 @@ class Config:
     device: str = option("auto", "auto: the CUDA card if there is one", words="auto cpu cuda", steers=False)
     resume: str = option("no", "yes (newest checkpoint), a step number or a checkpoint folder", shown="yes|STEP|DIR",
                          steers=False, recorded=False)
+    replay_step: int | None = option(None, "run the batch of that step of the run in output_dir again, row by row, without "
+                                     "an update; its settings are read from the folder", low=1, steers=False,
+                                     recorded=False)
     force: bool = option(False, "start although the plan says that the memory will not do", steers=False, recorded=False)
     demo: bool = option(False, "the built-in task, as without any argument", steers=False)
     config: str | None = option(None, "YAML file of these settings; flags win over it", shown="FILE", steers=False,
@@ -193,7 +196,11 @@ def read_config(argv: list[str], stages: dict[str, type], demo: dict[str, Any] |
     UserError for anything that is not known, not possible, or said twice and differently.
     """
     flags = read_flags(argv, stages) if argv else [Said("no arguments", "demo", True)]
-    path = next((said.value for said in reversed(flags) if said.key == "config"), None)
+    last_said = {said.key: said.value for said in flags}
+    path = last_said.get("config")
+    own = os.path.join(last_said.get("output_dir", ""), "run.yaml")
+    if "replay_step" in last_said and path is None and os.path.exists(own):
+        path = own
     lines = read_yaml(path, NESTS) if path else []
     stage = next((said for said in reversed(lines + flags) if said.key == "stage"), Said("--stage", "stage", "sft"))
     if stage.value not in list(stages):
