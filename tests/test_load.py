@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from bench.real_size import QWEN_05B, QWEN_VL_3B
 from data.errors import UserError
 from model import load_model, load_tokenizer, save_model
-from model.family import find_family
+from model.family import families, find_family
 from model.files import read_json
 from model.load import build_on_meta, expected_tensors, is_tied, quantized_names
 from model.quantize import dequantize, is_quantized
@@ -563,6 +563,19 @@ def test_commands(tiny, tmp_path, capsys):
     assert base == copy
     with pytest.raises(UserError, match="not an empty folder"):
         main(["save_initial", "--base_model", str(tiny), "--output_dir", str(tmp_path / "initial")])
+
+
+@pytest.mark.parametrize("name", [family.name for family in families()])
+def test_inspect_needs_no_tokenizer(name, tmp_path, capsys):
+    from model.__main__ import main
+
+    write_tiny(name, tmp_path / "model")
+    for path in (tmp_path / "model").glob("tokenizer*"):
+        path.unlink()
+    main(["inspect", str(tmp_path / "model")])
+    printed = capsys.readouterr().out
+    assert f"{name} (" in printed and "none found" in printed
+    assert ("pictures      taken" in printed) == (name not in ("qwen2", "qwen3"))
 
 
 def test_wrong_commands_end_in_one_sentence(tmp_path):

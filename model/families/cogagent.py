@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from data.batches import Packed
 from data.errors import UserError
 from data.images import open_resized
-from data.labels import NO_LOSS, Example
+from data.labels import Example
 from model.attention import segment_attention
 from model.family import Family
 from model.glm_tokenizer import ASSISTANT, END, FILE, PICTURE, STOPS, TOKENS, read_glm_tokenizer, render_chat
@@ -346,18 +346,15 @@ class CogAgent(Family):
 
     @property
     def stop_ids(self) -> list[int]:
-        self.tokenizer  # noqa: B018 - read at first use
         return [self.pieces.special[token] for token in STOPS]
 
     def render(self, messages: list[dict], tools: list | None) -> list[tuple[list[int], bool]]:
-        self.tokenizer  # noqa: B018 - read at first use
         return render_chat(messages, tools, self.pieces, official=self.options.labels == "official")
 
-    def encode_prompt(self, messages: list[dict], tools: list | None = None) -> Example:
-        """Ends with <|assistant|>, after which the model itself writes the line end, whichever tokens are trained."""
-        prompt = super().encode_prompt([message | {"train": False} for message in messages], tools)
-        ids = prompt.input_ids.tolist() + [self.pieces.special[ASSISTANT]] * (self.options.labels == "official")
-        return self.example(ids, [NO_LOSS] * len(ids), prompt.pixels)
+    def answer_start(self, example: Example) -> int:
+        """Behind <|assistant|>, after which the model itself writes the line end, whichever tokens are trained."""
+        start = super().answer_start(example)
+        return start + int(self.pieces.special[ASSISTANT] in example.input_ids[start : start + 1])
 
     def answer_text(self, text: str) -> str:
         """Without the line end of the (empty) line that follows <|assistant|>: encoded again, it would stand there twice."""

@@ -288,7 +288,6 @@ class MiniCPMLlama3V(Family):
     def render(self, messages: list[dict], tools: list | None) -> list[tuple[list[int], bool]]:
         """The makers' training template (the folder's own opens an answer behind every conversation, and they do not train
         with it). Pictures in front of all text stand on lines of their own, others where the row has them."""
-        self.tokenizer  # noqa: B018 - read at first use
         if tools or any(m.get("tool_calls") or m["role"] == "tool" for m in messages):
             raise UserError("MiniCPM-V 2.5 has no template for tools; write them into the text of the turns")
         pieces = [([self.pieces.special[BEGIN]], False)]
@@ -327,12 +326,10 @@ class MiniCPMLlama3V(Family):
 
     @property
     def stop_ids(self) -> list[int]:
-        self.tokenizer  # noqa: B018 - read at first use
         return [self.pieces.special[STOP], self.pieces.special[END]]
 
     @property
     def image_token_id(self) -> int:
-        self.tokenizer  # noqa: B018 - read at first use
         return self.pieces.special[IMAGE]
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
@@ -340,9 +337,7 @@ class MiniCPMLlama3V(Family):
     @cached_property
     def rule(self) -> dict:
         """How pictures are sliced and normalised; slicing goes by config.json's slice_config where it says anything."""
-        raw = read_json(self.folder / "preprocessor_config.json")
-        if missing := [name for name in ("norm_mean", "norm_std") if name not in raw]:
-            raise UserError(f"{self.folder}/preprocessor_config.json: lacks {', '.join(missing)}; download it again")
+        raw = read_json(self.folder / "preprocessor_config.json", ("norm_mean", "norm_std"))
         rule = {"scale_resolution": 448, "max_slice_nums": 1} | raw | (self.config.get("slice_config") or {})
         rule["patch_size"] = self.config["vision_config"]["patch_size"]
         limit, area = self.options.max_pixels, rule["scale_resolution"] ** 2

@@ -102,15 +102,13 @@ class Qwen2_5_VL(ChatML):  # noqa: N801 - the model's name
     def processor(self) -> dict:
         """Patch, merge, limits and normalisation from preprocessor_config.json (older and newer spellings)."""
         if self._processor is None:
-            raw = read_json(self.folder / "preprocessor_config.json")
+            names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+            raw = read_json(self.folder / "preprocessor_config.json", names)
             size = raw.get("size") or {}
             limits = {
                 "min_pixels": raw.get("min_pixels") or size.get("shortest_edge") or 3136,
                 "max_pixels": raw.get("max_pixels") or size.get("longest_edge") or 12845056,
             }
-            names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
-            if missing := [name for name in names if name not in raw]:
-                raise UserError(f"{self.folder}/preprocessor_config.json: lacks {', '.join(missing)}; download it again")
             self._processor = {name: raw[name] for name in names} | limits
         limit = self.options.max_pixels
         if limit is not None and limit < self._processor["min_pixels"]:
