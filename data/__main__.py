@@ -1,10 +1,12 @@
-"""`python -m data demo_base`: the base of the built-in task from random weights, by this trainer alone.
+"""`python -m data make`: data sets that are drawn. `python -m data demo_base`: the base of the built-in task.
 
+    python -m data make countdown --num 10000 --numbers 3 4 --output_dir data/raw/countdown --with_answers
     python -m data demo_base --output_dir runs/demo_base
 
-Four lessons, each a whole run of train.py (all weights, AdamW) on screens of its own that starts from the weights of the
-lesson before: reading one word, finding one of two or three buttons in four cells, a whole screen, and a screen with text
-fields in any row. A lesson's rows are drawn before it and removed after it; one that is finished is not run again.
+The base is made from random weights by this trainer alone, in four lessons. Each is a whole run of train.py (all weights,
+AdamW) on screens of its own that starts from the weights of the lesson before: reading one word, finding one of two or
+three buttons in four cells, a whole screen, and a screen with text fields in any row. A lesson's rows are drawn before it
+and removed after it; one that is finished is not run again.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import UserError, command
+from data.make import add_flags, make_countdown
 
 
 @dataclass
@@ -44,8 +47,12 @@ def main() -> None:
     base.add_argument("--output_dir", required=True, metavar="DIR", help="a folder for each lesson goes here")
     base.add_argument("--share", type=float, default=1.0, metavar="X", help="of the updates of every lesson (1.0)")
     base.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_flags(doors.add_parser("make", help="draw a data set: Countdown problems with exact answers"))
     flags = parser.parse_args()
-    make_base(Path(flags.output_dir), flags.share, flags.device)
+    if flags.door == "make":
+        make_countdown(flags)
+    else:
+        make_base(Path(flags.output_dir), flags.share, flags.device)
 
 
 def make_base(folder: Path, share: float, device: str) -> None:

@@ -11,6 +11,8 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from training.options import Parser
 
 TEMPLATE_FLAGS = ("prompt_template", "response_template", "image_column")
 PROBLEMS_SHOWN = 3
+SAMPLING = ("num_samples", "temperature", "top_p", "top_k", "min_p", "seed")
+RULES = "countdown, cs224r, tinyzero, box_centre, box_iou, gui_action, tool_call, text"  # eval/rewards.py has them
 
 
 def main() -> int | None:
@@ -48,7 +52,40 @@ def score_parser() -> Parser:
     parser.add_argument("--max_new_tokens", type=positive, metavar="N", help="longest answer; default: the task's")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N rows")
     parser.add_argument("--batch_tokens", type=positive, default=16384, metavar="N", help="positions at once (16384)")
+    add_sampling_flags(parser)
+    judge = parser.add_argument_group("judging")
+    judge.add_argument("--reward", metavar="NAME", help=f"score answers by this instead of by the task's metrics: {RULES}; "
+                       "the folder of a reward model; MODEL@URL of an OpenAI-compatible server, its key in REWARD_API_KEY; "
+                       "module:function of yours; for win_rate also pairwise:MODEL@URL")  # fmt: skip
+    judge.add_argument("--against", metavar="DIR", help="win_rate, preference: the other model, or the .jsonl of its lines")
+    judge.add_argument("--requests_per_minute", type=positive, default=40, metavar="N", help="to a server at most (40)")
     return parser
+
+
+def add_sampling_flags(parser: Parser) -> None:
+    """How answers are drawn; a default of None is what the task's figures are published with, else one greedy answer."""
+    add = parser.add_argument_group("sampling (default: one greedy answer; countdown: 16, 0.6, 0.95, 20)").add_argument
+    add("--num_samples", type=positive, metavar="K", help="answers to each row")
+    add("--temperature", type=share(100), metavar="T", help="0 takes the likeliest token")
+    add("--top_p", type=share(1), metavar="P", help="only the likeliest tokens that together reach P")
+    add("--top_k", type=int, metavar="K", help="only the K likeliest tokens; 0 or -1: all")
+    add("--min_p", type=share(1), metavar="P", help="only tokens at least P times as likely as the likeliest")
+    add("--seed", type=int, metavar="S", help="another seed, other answers (0)")
+
+
+def share(most: float) -> Callable[[str], float]:
+    """A flag's type: a number from 0 to `most`."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is no number from 0 to {most:g}")
+        return value
+
+    return number
 
 
 def ask_parser() -> Parser:
@@ -98,41 +135,75 @@ def score(flags: argparse.Namespace) -> None:
     """`python -m eval`. Raises UserError for what cannot be opened, and where no row could be scored."""
     from data.records import open_records
     from data.template import make_template
-    from eval.evaluate import evaluate
     from eval.subject import find, read_settings
     from eval.tasks import find_task
-    from stages import sft
 
     task = find_task(flags.task)
-    trained = read_settings(find(flags.model, flags.adapter).run)
+    if flags.against and not task.compares:
+        raise UserError(f"--against names a model to compare with, which --task {flags.task} does not do; leave it out")
+    if not task.metrics and not task.measure and not (flags.reward and flags.against):
+        raise UserError(f"--task {flags.task} needs a judge, --reward, and another model, --against")
+    if task.measure and flags.reward:
+        raise UserError(f"--reward scores answers, and --task {flags.task} asks for none; leave it out")
+    run = find(flags.model, flags.adapter).run
+    trained = read_settings(run)
     template = make_template(*(getattr(flags, name) or trained.get(name) for name in TEMPLATE_FLAGS))
     records = open_records(flags.data_path, flags.image_root, on_bad_row=flags.on_bad_row, template=template)
     if records.bad:
         print(f"skipped {len(records.bad)} of {len(records) + len(records.bad)} rows")
-    subject = open_model(flags)
-    folder = Path(flags.output_dir or (subject.run / "eval" if subject.run else ".")) / "outputs"
+    folder = Path(flags.output_dir or (run / "eval" if run else ".")) / "outputs"
+    os.makedirs(folder, exist_ok=True)
     name = flags.task.rpartition(":")[2]
     chosen = [records[i] for i in range(min(len(records), flags.limit or len(records)))]
-    try:
-        os.makedirs(folder, exist_ok=True)
-        output = open(folder / f"{name}.jsonl", "w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output_dir {flags.output_dir}: cannot be written ({error.strerror})") from None
-    with output, subject.precision.autocast():
-        for row in records.bad:
-            output.write(json.dumps(row, ensure_ascii=False) + "\n")
-        result = evaluate(
-            subject.model, chosen, task, stage=sft.Stage(sft.Flags(), subject.model), max_new_tokens=flags.max_new_tokens,
-            batch_tokens=flags.batch_tokens, output=output,
-        )
+    if flags.reward:
+        task = replace(task, metrics=[task.judged(flags.reward, folder, flags.requests_per_minute)])
+    sampling = task.sampling | {key: getattr(flags, key) for key in SAMPLING if getattr(flags, key) is not None}
+    if sampling.get("num_samples", 1) > 1 and not sampling.get("temperature"):
+        raise UserError("--num_samples draws several answers, which are all the same at temperature 0; give --temperature")
+    # the other model answers before this one is loaded: they are never in memory together
+    others = other_lines(flags, chosen, task, sampling, folder / f"{name}.against.jsonl") if flags.against else None
+    path = folder / f"{name}.jsonl"
+    result = answer_rows(open_model(flags), chosen, task, flags, path, records.bad, sampling=sampling, others=others)
     problems = records.bad + [line for line in result.lines if "problem" in line]
-    figures = result.figures | {"num_rows": len(chosen) + len(records.bad), "num_problems": len(problems)}
-    summary = {"task": flags.task, "model": flags.model, "adapter": flags.adapter, "data": flags.data_path} | figures
+    num_problems = len(records.bad) + result.figures["num_problems"]
+    figures = result.figures | {"num_rows": len(chosen) + len(records.bad), "num_problems": num_problems}
+    asked = {key: getattr(flags, key) for key in ("task", "model", "adapter", "reward", "against")}
+    summary = asked | {"data": flags.data_path, "sampling": sampling} | figures
     (folder / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     report(figures, problems)
-    if "stop_rate" not in figures:
-        raise UserError(f"no row could be scored by --task {flags.task}; {output.name} says why for each")
-    print(f"answers in {output.name}")
+    if all("problem" in line for line in result.lines):
+        raise UserError(f"no row could be scored by --task {flags.task}; {path} says why for each")
+    print(f"answers in {path}")
+
+
+def answer_rows(subject: Any, records: list, task: Any, flags: argparse.Namespace, path: Path, bad: list, **settings: Any):
+    """evaluate() on the rows into a file of lines, refused rows first."""
+    from eval.evaluate import evaluate
+    from stages import sft
+
+    with open(path, "w", encoding="utf-8") as output, subject.precision.autocast():
+        for row in bad:
+            output.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return evaluate(
+            subject.model, records, task, stage=sft.Stage(sft.Flags(), subject.model), max_new_tokens=flags.max_new_tokens,
+            batch_tokens=flags.batch_tokens, output=output, **settings,
+        )
+
+
+def other_lines(flags: argparse.Namespace, records: list, task: Any, sampling: dict, path: Path) -> dict[str, dict]:
+    """where -> the line of --against, a model or the file of its lines. Raises UserError for neither."""
+    from eval.subject import open_subject
+
+    against = Path(flags.against)
+    if against.is_file():
+        try:
+            return {line["where"]: line for line in map(json.loads, against.read_text(encoding="utf-8").splitlines())}
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--against {against}: is no outputs/*.jsonl of an evaluation") from None
+    other = open_subject(flags.against, None, flags.quant, flags.max_pixels, flags.precision, flags.device)
+    alone = replace(task, metrics=[], summarize=lambda lines: {})
+    found = answer_rows(other, records, alone, flags, path, [], sampling=sampling | {"num_samples": 1})
+    return {line["where"]: line for line in found.lines}
 
 
 def report(figures: dict[str, float], problems: list[dict[str, Any]]) -> None:

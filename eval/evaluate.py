@@ -11,6 +11,8 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from statistics import fmean
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -46,19 +48,24 @@ def evaluate(
     max_new_tokens: int | None = None,
     max_length: int | None = None,
     batch_tokens: int = 16384,
+    sampling: dict[str, Any] | None = None,
+    others: dict[str, dict] | None = None,
     output: TextIO | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Evaluation:
-    """With a stage its loss and figures and, with a task, greedy answers and their scores.
+    """With a stage its loss and figures and, with a task, answers and their scores.
 
-    A row is one line {**extra, id, where, image?, prompt, response, label, stopped, scores...}, one with a problem
-    {**extra, id, where, problem}; lines go to output as JSON. A row longer than max_length is a problem, as it is in
-    training. batch_tokens bounds the positions that run at once. Runs in the caller's autocast; the modules' modes are
-    put back, and no shared random state is drawn from.
+    An answer is one line {**extra, id, where, image?, prompt, response, label, truth?, stopped, answer_tokens, scores..,
+    sample?}, a row with a problem {**extra, id, where, problem}; lines go to output as JSON. sampling holds settings of
+    generate(), several samples of a row included; None is one greedy answer. others: where -> another model's line, for a
+    task that compares. A row longer than max_length is a problem, as it is in training; a problem to be solved has no
+    loss. batch_tokens bounds the positions that run at once. Runs in the caller's autocast; the modules' modes are put
+    back, and no shared random state is drawn from.
     """
     records, lines = list(records), []
     sums, total, num_tokens = Counter(), 0.0, 0
-    encode = stage.encode if stage else encoder(model.family, max_length)
+    limit = (max_new_tokens or task.max_new_tokens) if task else 0
+    ask = partial(generate, model, max_new_tokens=limit, batch_tokens=batch_tokens, **(sampling or {}))
 
     def write(line: dict[str, Any]) -> None:
         lines.append((extra or {}) | line)
@@ -66,32 +73,48 @@ def evaluate(
             output.write(json.dumps(lines[-1], ensure_ascii=False) + "\n")
             output.flush()
 
+    def encode(record: Record) -> Any:
+        return stage.encode(record) if stage and record.kind != "problem" else encode_row(model.family, record, max_length)
+
+    if task is not None and task.measure is not None:
+        task.measure(model, records, others, write)
     with tqdm(total=len(records), desc="evaluate", leave=False, disable=None) as bar:
-        for rows in cut(encode_rows(encode, records, write), BATCHES_AT_ONCE * batch_tokens):
+        asked = [] if task is not None and task.measure is not None else records
+        for rows in cut(encode_rows(encode, asked, write), BATCHES_AT_ONCE * batch_tokens):
             num_tokens += sum(example.num_supervised for _, example in rows)
             if stage is not None:
-                total += stage.denominator([example for _, example in rows])
-                sums.update(stage_sums(model, stage, [example for _, example in rows], batch_tokens))
-                rows = [(record, stage.sequences(example)[0]) for record, example in rows]
+                trained = [example for _, example in rows if example.num_supervised]
+                total += stage.denominator(trained)
+                sums.update(stage_sums(model, stage, trained, batch_tokens))
+                rows = [(r, stage.sequences(example)[0] if example.num_supervised else example) for r, example in rows]
             if task is not None:
-                prompts = [prompt_of(model.family, example) for _, example in rows]
-                limit = max_new_tokens or task.max_new_tokens
-                answers = generate(model, prompts, limit, batch_tokens=batch_tokens)
-                for (record, example), prompt, answer in zip(rows, prompts, answers, strict=True):
-                    write(score(model.family, task, record, example, prompt, answer))
+                for line in answer_lines(model.family, task, rows, ask, others or {}):
+                    write(line)
             bar.update(len(rows))
     good = [line for line in lines if "problem" not in line]
-    figures = {"num_rows": len(records), "num_problems": len(lines) - len(good), "num_tokens": num_tokens}
+    figures = {"num_rows": len(records), "num_problems": len({line["where"] for line in lines if "problem" in line})}
+    figures["num_tokens"] = num_tokens
     if total:
         figures |= {name: value / total for name, value in sums.items()}
-    if good:
-        figures |= {"stop_rate": sum(line["stopped"] for line in good) / len(good), **task.summarize(good)}
-    return Evaluation(figures, list(sums), lines)
+    if good and "stopped" in good[0]:
+        figures["stop_rate"] = fmean(line["stopped"] for line in good)
+        figures["answer_tokens"] = fmean(line["answer_tokens"] for line in good)
+    return Evaluation(figures | (task.summarize(good) if good else {}), list(sums), lines)
 
 
-def encoder(family: Family, max_length: int | None) -> Callable[[Record], Example]:
-    """What encodes a record where no stage does."""
-    return lambda record: family.encode(up_to_answer(record.messages), record.tools, max_length)
+def answer_lines(
+    family: Family, task: Task, rows: list[tuple[Record, Example]], ask: Callable[..., list[Answer]], others: dict[str, dict]
+) -> Iterator[dict[str, Any]]:
+    """The lines of some rows: each one's answers, one after the other, with their scores."""
+    prompts = [prompt_of(family, example) for _, example in rows]
+    answers = ask(prompts)
+    num_samples = len(answers) // len(rows)
+    for number, answer in enumerate(answers):
+        place, sample = divmod(number, num_samples)
+        record, example = rows[place]
+        reply = reply_to(family, record, example, prompts[place], answer)
+        reply.other = others.get(record.where, {}).get("response")
+        yield score(task, reply, answer) | ({"sample": sample} if num_samples > 1 else {})
 
 
 def encode_rows(
@@ -103,6 +126,13 @@ def encode_rows(
             yield record, encode(record)
         except UserError as error:
             write({"id": record.id, "where": record.where, "problem": str(error)})
+
+
+def encode_row(family: Family, record: Record, max_length: int | None = None) -> Example:
+    """A record up to its last trained answer; of a problem the prompt, which has no label."""
+    if record.kind == "problem":
+        return family.encode_prompt(record.messages, record.tools)
+    return family.encode(up_to_answer(record.messages), record.tools, max_length)
 
 
 def up_to_answer(messages: list[dict]) -> list[dict]:
@@ -135,8 +165,10 @@ def stage_sums(model: Model, stage: Any, examples: list[Any], micro_tokens: int)
 
 
 def answer_start(example: Example) -> int:
-    """Where the last trained answer of an example begins."""
+    """Where the last trained answer of an example begins; the end of one without an answer."""
     trained = (example.labels != NO_LOSS).tolist()
+    if not any(trained):
+        return len(trained)
     place = len(trained) - trained[::-1].index(True)
     while place > 0 and trained[place - 1]:
         place -= 1
@@ -157,17 +189,36 @@ def label_of(family: Family, example: Example) -> str:
     return family.answer_text(text)
 
 
-def score(
-    family: Family, task: Task, record: Record, example: Example, prompt: Example, answer: Answer
-) -> dict[str, Any]:
+def label_from(truth: dict[str, Any]) -> str:
+    """What a problem's answer is checked against, as an answer would write it: {"answer": text}, {"box": [..]}; else JSON."""
+    if isinstance(truth.get("answer"), str):
+        return truth["answer"]
+    if "box" in truth:
+        return "<box>{} {} {} {}</box>".format(*truth["box"])
+    return json.dumps(truth, ensure_ascii=False)
+
+
+def reply_to(family: Family, record: Record, example: Example, prompt: Example, answer: Answer) -> Reply:
+    """What a metric is given about an answered row."""
+    problem = record.kind == "problem"
+    return Reply(
+        id=record.id, where=record.where, prompt=explain(prompt, family.tokenizer, colour=False), response=answer.text,
+        label=label_from(record.truth) if problem else label_of(family, example), stopped=answer.stopped,
+        tools=record.tools, truth=record.truth,
+        messages=record.messages if problem else up_to_answer(record.messages)[:-1],
+    )
+
+
+def score(task: Task, reply: Reply, answer: Answer) -> dict[str, Any]:
     """The line of an answered row."""
-    place = {"id": record.id, "where": record.where}
-    pictures = [image for image in images_of(record.messages) if isinstance(image, str) and not image.startswith("data:")]
+    line: dict[str, Any] = {"id": reply.id, "where": reply.where}
+    pictures = [image for image in images_of(reply.messages) if isinstance(image, str) and not image.startswith("data:")]
     if pictures:
-        place["image"] = pictures[0] if len(pictures) == 1 else pictures
-    text = explain(prompt, family.tokenizer, colour=False)
-    reply = Reply(record.id, record.where, text, answer.text, label_of(family, example), answer.stopped, record.tools)
-    line = place | {"prompt": text, "response": answer.text, "label": reply.label, "stopped": answer.stopped}
+        line["image"] = pictures[0] if len(pictures) == 1 else pictures
+    line |= {"prompt": reply.prompt, "response": reply.response, "label": reply.label, "stopped": reply.stopped,
+             "answer_tokens": len(answer.ids)}  # fmt: skip
+    if reply.truth is not None:
+        line["truth"] = reply.truth
     try:
         return line | {name: float(value) for metric in task.metrics for name, value in metric(reply).items()}
     except Exception as error:  # a metric may be anyone's: its fault with one row must not end a night's run

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data.errors import UserError
 from data.images import open_image
 from data.rows import Rows
 from eval.boxes import parse_boxes
@@ -24,6 +25,7 @@ from training.state import State
 
 NUM_SAMPLES = 6  # rows of each set on the report's page
 NOT_COMPARED = ("num_rows", "num_problems", "num_tokens")
+NO_SHARES = ("answer_tokens", "num_answers", "margin", "chosen_logp", "rejected_logp")  # figures that are no percentages
 
 
 class Examiner:
@@ -95,7 +97,7 @@ class Examiner:
         for name, after in self.figures.get("after", {}).items():
             before = self.figures.get("before", {}).get(name, {})
             for key in (key for key in after if key in before and key not in NOT_COMPARED):
-                unit, scale = ("", 1) if key.startswith("eval_") else ("%", 100)
+                unit, scale = ("", 1) if key.startswith("eval_") or key in NO_SHARES else ("%", 100)
                 values = {"before": scale * before[key], "after": scale * after[key], "unit": unit}
                 self.journal.event("comparison", self.state.step, name=f"{name}: {key.replace('_', ' ')}", **values)
 
@@ -136,7 +138,9 @@ class Examiner:
 
 def check_names(config: Any) -> None:
     """UserError for an eval_task or report_to that will not be found later, before anything is loaded."""
-    find_task(config.eval_task)
+    task = find_task(config.eval_task)
+    if not task.metrics and not task.measure:
+        raise UserError(f"--eval_task {config.eval_task} compares two models; python -m eval does, after the run")
     check_logger(config.report_to)
 
 

@@ -7,6 +7,7 @@ an error. Written here without the evaluation code of any benchmark; benchmarks 
 """
 
 import json
+import math
 import re
 import string
 from collections import Counter
@@ -19,7 +20,11 @@ from eval.boxes import centre, holds, intersection_over_union, parse_boxes
 
 @dataclass
 class Reply:
-    """One row and the model's answer to it. label is the last assistant turn as the model would have to write it."""
+    """One row and the model's answer to it. label is the last assistant turn as the model would have to write it.
+
+    truth is what a problem's answer is checked against; messages are the turns before the answer; other is another
+    model's answer to the same row, where two are compared.
+    """
 
     id: str
     where: str
@@ -28,6 +33,24 @@ class Reply:
     label: str
     stopped: bool
     tools: list[dict] | None = None
+    messages: list[dict] | None = None
+    truth: dict[str, Any] | None = None
+    other: str | None = None
+
+
+# ---- shares and intervals --------------------------------------------------------------------------------------------
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The chance that one of k of the samples is correct, without bias: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374)."""
+    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % confidence interval of a share of `count` independent rows (E. B. Wilson, 1927); halves may be in it."""
+    middle = share + z * z / (2 * count)
+    reach = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return (middle - reach) / (1 + z * z / count), (middle + reach) / (1 + z * z / count)
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------

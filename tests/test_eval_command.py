@@ -347,3 +347,167 @@ def test_help_loads_nothing_heavy(arguments):
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("[]\n") and "--model" in done.stdout
+
+
+# ---- problems, samples and two models --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def problems(place):
+    path = place / "problems.jsonl"
+    return write_rows(path, [{"id": f"c{n}", "nums": [n + 2, 3], "target": 3 * n + 6} for n in range(3)])
+
+
+def lines_of(folder, name):
+    return [json.loads(line) for line in (folder / "outputs" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_countdown_draws_samples_and_reports_pass_at_k(place, problems, tmp_path, monkeypatch):
+    """Answers are put in the model's mouth: of 4 samples to each problem, 0, 1 and 4 are right."""
+    num_right = {"c0": 0, "c1": 1, "c2": 4}
+    from eval import evaluate as module
+    from eval.generate import Answer
+
+    asked = {}
+
+    def generate(model, prompts, max_new_tokens, **settings):
+        asked.update(settings, max_new_tokens=max_new_tokens)
+        texts = []
+        for (name, right), prompt in zip(num_right.items(), prompts, strict=True):
+            numbers = f"{int(name[1]) + 2} * 3"
+            assert numbers[0] in model.family.tokenizer.decode(prompt.input_ids)
+            texts += [f"<answer>{numbers}</answer>"] * right + ["<answer>1</answer> or <answer>2</answer> so"] * (4 - right)
+        return [Answer([1] * 10, text, number % 2 == 0, [0.0] * 10) for number, text in enumerate(texts)]
+
+    monkeypatch.setattr(module, "generate", generate)
+    flags = ["--model", place / "text", "--data_path", problems, "--task", "countdown", "--output_dir", tmp_path]
+    assert run(*flags, "--num_samples", 4, "--seed", 5, "--min_p", 0.1, monkeypatch=monkeypatch) == 0
+    assert {key: asked[key] for key in ("num_samples", "temperature", "top_p", "top_k", "min_p", "seed")} == {
+        "num_samples": 4, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.1, "seed": 5}  # fmt: skip
+    assert asked["max_new_tokens"] == 1024
+    figures = json.loads((tmp_path / "outputs" / "countdown.json").read_text())
+    assert figures["pass@1"] == figures["correct"] == pytest.approx(5 / 12)
+    assert figures["pass@2"] == pytest.approx((0 + 0.5 + 1) / 3) and figures["pass@4"] == pytest.approx(2 / 3)
+    assert figures["num_answers"] == pytest.approx((5 + 7 * 2) / 12) and figures["format"] == 1
+    assert figures["stop_rate"] == 0.5 and figures["answer_tokens"] == 10 and figures["stops_after_answer"] == 3 / 12
+    assert figures["num_rows"] == 3 and figures["sampling"]["seed"] == 5 and "loss" not in figures
+    lines = lines_of(tmp_path, "countdown")
+    assert [(line["id"], line["sample"]) for line in lines] == [(name, k) for name in num_right for k in range(4)]
+    assert lines[0]["truth"] == {"numbers": [2, 3], "target": 6} == json.loads(lines[0]["label"])
+    assert run(*flags, "--reward", "tinyzero", "--num_samples", 4, monkeypatch=monkeypatch) == 0
+    figures = json.loads((tmp_path / "outputs" / "countdown.json").read_text())
+    assert figures["reward"] == "tinyzero" and "valid" not in figures and figures["pass@4"] == pytest.approx(2 / 3)
+
+
+def test_samples_are_drawn_by_the_seed(place, problems, tmp_path, monkeypatch):
+    flags = ["--model", place / "text", "--data_path", problems, "--task", "countdown", "--max_new_tokens", 6]
+    flags += ["--num_samples", 2, "--temperature", 1, "--top_p", 1, "--top_k", -1]
+    answers = []
+    for number, seed in enumerate((0, 0, 1)):
+        folder = tmp_path / str(number)
+        assert run(*flags, "--output_dir", folder, "--seed", seed, monkeypatch=monkeypatch) == 0
+        answers.append([line["response"] for line in lines_of(folder, "countdown")])
+    assert answers[0] == answers[1] != answers[2]
+    assert len(set(answers[0])) == 6 == len(answers[0])
+
+
+def test_a_reward_may_score_any_task(place, tmp_path, monkeypatch):
+    rows = text_rows(tmp_path / "rows.jsonl", ("a", "<box>1 2 3 4</box>"))
+    flags = ["--model", place / "text", "--data_path", rows, "--output_dir", tmp_path, "--max_new_tokens", 2]
+    assert run(*flags, "--reward", "box_iou", monkeypatch=monkeypatch) == 0
+    assert lines_of(tmp_path, "auto")[0]["score"] == 0.0
+
+
+def test_two_models_are_compared_on_the_same_rows(place, problems, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_judge.py").write_text("def first(reply):\n    return {'score': ord((reply.response or ' ')[0])}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    write_tiny("qwen2", place / "other", seed=1)
+    rows = text_rows(tmp_path / "rows.jsonl", *((f"question {n}", "x") for n in range(6)))
+    flags = ["--data_path", rows, "--task", "win_rate", "--reward", "my_judge:first", "--max_new_tokens", 4]
+    found = {}
+    for ours, theirs in (("text", "other"), ("other", "text"), ("text", "text")):
+        folder = tmp_path / f"{ours}-{theirs}"
+        models = ["--model", place / ours, "--against", place / theirs, "--output_dir", folder]
+        assert run(*flags, *models, monkeypatch=monkeypatch) == 0
+        found[ours, theirs] = json.loads((folder / "outputs" / "win_rate.json").read_text())
+    first = found["text", "other"]
+    assert first["win_rate"] == pytest.approx(1 - found["other", "text"]["win_rate"])
+    assert first["win_rate_low"] < first["win_rate"] < first["win_rate_high"]
+    assert found["text", "text"]["win_rate"] == 0.5 and found["text", "text"]["ties"] == 1
+    both = [lines_of(tmp_path / "text-other", name) for name in ("win_rate", "win_rate.against")]
+    scores = [[ord((line["response"] or " ")[0]) for line in lines] for lines in both]
+    expected = sum((a > b) + (a == b) / 2 for a, b in zip(*scores, strict=True)) / 6
+    assert first["win_rate"] == pytest.approx(expected)
+    from_file = ["--against", tmp_path / "text-other" / "outputs" / "win_rate.against.jsonl", "--output_dir", tmp_path]
+    assert run(*flags, "--model", place / "text", *from_file, monkeypatch=monkeypatch) == 0
+    again = json.loads((tmp_path / "outputs" / "win_rate.json").read_text())
+    assert {key: again[key] for key in ("win_rate", "win_rate_low", "ties")} == {
+        key: first[key] for key in ("win_rate", "win_rate_low", "ties")
+    }
+
+
+def preference_rows(path, num_rows):
+    answers = [f"answer number {n} " + "and more " * n for n in range(2 * num_rows)]
+    rows = [{"id": f"p{n}", "prompt": f"question {n}", "chosen": answers[2 * n], "rejected": answers[2 * n + 1]}
+            for n in range(num_rows)]  # fmt: skip
+    return write_rows(path, rows)
+
+
+def test_preferences_are_measured_against_the_model_without_its_adapter(place, tmp_path, monkeypatch, capsys):
+    model, family = load_model(place / "text", dtype="float32")
+    settings = Settings(r=2)
+    attach(model, family, settings)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    save_adapter(model, family, tmp_path / "adapter", settings, place / "text")
+    rows = preference_rows(tmp_path / "rows.jsonl", 6)
+    flags = ["--data_path", rows, "--task", "preference", "--precision", "fp32", "--output_dir", tmp_path]
+    assert run("--model", tmp_path / "adapter", *flags, monkeypatch=monkeypatch) == 0
+    figures = json.loads((tmp_path / "outputs" / "preference.json").read_text())
+    base, _ = load_model(place / "text", dtype="float32")
+
+    def logp(model, messages):
+        example = model.family.encode(messages)
+        losses = torch.nn.functional.cross_entropy(model.logits([example])[0][:-1], example.labels[1:], reduction="sum")
+        return -losses.item()
+
+    margins = []
+    for record, line in zip(open_records(rows), lines_of(tmp_path, "preference"), strict=True):
+        chosen, rejected = (logp(model, turns) for turns in (record.messages, record.rejected))
+        assert (line["chosen_logp"], line["rejected_logp"]) == pytest.approx((chosen, rejected), abs=1e-3)
+        margins.append(chosen - logp(base, record.messages) - rejected + logp(base, record.rejected))
+        assert line["margin"] == pytest.approx(margins[-1], abs=1e-3)
+    assert figures["accuracy"] == sum(margin > 0 for margin in margins) / 6 and 0 < figures["accuracy"] < 1
+    assert run("--model", tmp_path / "adapter", *flags, "--against", place / "text", monkeypatch=monkeypatch) == 0
+    again = json.loads((tmp_path / "outputs" / "preference.json").read_text())
+    assert again["margin"] == pytest.approx(figures["margin"], abs=1e-3)
+    capsys.readouterr()
+    assert run("--model", place / "text", *flags, monkeypatch=monkeypatch) == 2
+    assert "no adapter to switch off" in capsys.readouterr().err
+    conversations = ["--data_path", text_rows(tmp_path / "text.jsonl", ("a", "b")), *flags[2:]]
+    assert run("--model", tmp_path / "adapter", *conversations, monkeypatch=monkeypatch) == 2
+    assert "a chosen and a rejected answer" in capsys.readouterr().err
+
+
+def test_wrong_judges_and_samples_are_one_sentence(place, problems, tmp_path, monkeypatch, capsys):
+    model = ["--model", place / "text", "--data_path", problems, "--output_dir", tmp_path]
+    wrong = {
+        "and another model, --against": [*model, "--task", "win_rate", "--reward", "text"],
+        "needs a judge": [*model, "--task", "win_rate", "--against", place / "text"],
+        "does not do": [*model, "--task", "countdown", "--against", place / "text"],
+        "asks for none": [*model, "--task", "preference", "--reward", "text"],
+        "--temperature": [*model, "--task", "text", "--num_samples", 2],
+        "--reward nothing": [*model, "--reward", "nothing"],
+        "is no outputs": [*model, "--task", "win_rate", "--reward", "text", "--against", place / "text" / "config.json"],
+        "1.5 is no number": [*model, "--top_p", 1.5],
+    }
+    for sentence, arguments in wrong.items():
+        assert run(*arguments, monkeypatch=monkeypatch) == 2, sentence
+        assert sentence in capsys.readouterr().err
+
+
+def test_help_lists_every_reward():
+    from eval.rewards import RULES
+
+    assert door.RULES == ", ".join(RULES)

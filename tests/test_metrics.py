@@ -1,13 +1,26 @@
 """Metrics against values worked out by hand, and boxes in every spelling that the data sets and models use."""
 
+import itertools
 import json
+import random
 
 import pytest
 from PIL import Image
 
 from data.errors import UserError
 from eval.boxes import draw_boxes, intersection_over_union, parse_boxes
-from eval.metrics import Reply, box_iou, centre_in_box, exact_match, f1, parse_calls, token_f1, tool_call
+from eval.metrics import (
+    Reply,
+    box_iou,
+    centre_in_box,
+    exact_match,
+    f1,
+    parse_calls,
+    pass_at_k,
+    token_f1,
+    tool_call,
+    wilson_interval,
+)
 from eval.tasks import Task, find_task, means, task_names
 
 
@@ -179,3 +192,22 @@ def test_boxes_are_drawn_where_they_are():
     assert picture.getpixel((60, 20)) == (255, 0, 0)  # top edge
     assert picture.getpixel((60, 50)) == (255, 255, 255)  # inside
     assert draw_boxes(Image.new("RGB", (50, 50), "white"), [(9, 9, 9, 9)], (1, 1)).getpixel((9, 9)) == (255, 0, 0)
+
+
+def test_pass_at_k_is_the_mean_over_all_choices_of_k_samples():
+    for num_samples, num_correct in ((5, 0), (5, 2), (5, 5), (6, 1)):
+        right = [1] * num_correct + [0] * (num_samples - num_correct)
+        for k in range(1, num_samples + 1):
+            choices = [max(chosen) for chosen in itertools.combinations(right, k)]
+            assert pass_at_k(num_samples, num_correct, k) == pytest.approx(sum(choices) / len(choices))
+
+
+def test_wilsons_interval_holds_the_true_share_95_times_of_100():
+    source, held = random.Random(0), 0
+    for _ in range(2000):
+        true = source.uniform(0.05, 0.95)
+        low, high = wilson_interval(sum(source.random() < true for _ in range(40)) / 40, 40)
+        held += low <= true <= high
+    assert 0.93 < held / 2000 < 0.97
+    assert wilson_interval(0.0, 10)[0] == pytest.approx(0) and wilson_interval(1.0, 10)[1] == pytest.approx(1)
+    assert wilson_interval(0.0, 10)[1] == pytest.approx(0.2775, abs=1e-4)  # z^2 / (n + z^2)

@@ -6,12 +6,16 @@ A new benchmark is one new file here. A single metric of your own needs none: `-
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from data.errors import UserError
 from eval.metrics import Reply
+from eval.rewards import find_reward
+
+Metric = Callable[[Reply], dict[str, float]]
 
 
 def means(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -20,14 +24,27 @@ def means(lines: list[dict[str, Any]]) -> dict[str, float]:
     return {name: fmean(line[name] for line in lines if name in line) for name in names}
 
 
+def score_alone(name: str, folder: Path | None = None, requests_per_minute: float = 0) -> Metric:
+    """The metric that --reward makes: the reward of this name on each answer by itself."""
+    reward = find_reward(name, folder, requests_per_minute)
+    return lambda reply: reward([reply])[0]
+
+
 @dataclass
 class Task:
-    """The metrics of one benchmark, how its rows become figures (a line is one row of outputs/*.jsonl, answer and
-    scores in it), and how many tokens an answer may take."""
+    """The metrics of one benchmark, how its rows become figures (a line is one answer of outputs/*.jsonl, its scores in
+    it), how many tokens an answer may take, the settings of generate() that its figures are published with, how --reward,
+    where it is given, becomes the one metric, and whether the task compares with another model (--against). A task that
+    asks for no answers has measure(model, records, others, write), which writes the rows' lines, in place of metrics;
+    others is where -> the other model's line, or None."""
 
-    metrics: list[Callable[[Reply], dict[str, float]]]
+    metrics: list[Metric]
     summarize: Callable[[list[dict[str, Any]]], dict[str, float]] = means
     max_new_tokens: int = 256
+    sampling: dict[str, Any] = field(default_factory=dict)
+    judged: Callable[..., Metric] = score_alone
+    compares: bool = False
+    measure: Callable[..., None] | None = None
 
 
 def task_names() -> list[str]:

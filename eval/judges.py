@@ -1,0 +1,189 @@
+"""Learned judges of answers: a reward model in a local folder, or a model behind an OpenAI-compatible server.
+
+A local reward model is a sequence classifier with one output, opened by transformers without any code of its folder; each
+answer runs alone, so that its score depends on no neighbour and no padding. A server (NVIDIA's Nemotron reward, vLLM, ..)
+is asked with the standard library: a request is repeated while the server is busy, requests are spaced, and every reply
+is kept in reward_cache.jsonl, so that an evaluation that was cut off or is repeated pays for nothing twice.
+"""
+
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from eval.metrics import Reply
+
+KEY = "REWARD_API_KEY"  # environment variable with the server's key
+BUSY = {408, 409, 425, 429, 500, 502, 503, 504}
+NUM_TRIES, TIMEOUT_SECONDS, REQUESTS_AT_ONCE = 6, 120, 8
+QUESTION = (
+    "Compare two answers to the same conversation. Judge whether they do what was asked, are true and are no longer than "
+    "they should be; the order in which they stand means nothing.\n\n[Conversation]\n{prompt}\n\n[Answer A]\n{first}\n\n"
+    "[Answer B]\n{second}\n\nWhich is better? Reply with one letter: A, B, or C if neither is."
+)
+
+
+def conversation_of(reply: Reply) -> list[dict[str, str]]:
+    """The turns before the answer and the answer, as texts. Raises UserError for a picture."""
+    turns = []
+    for message in reply.messages or [{"role": "user", "content": reply.prompt}]:
+        content = message["content"]
+        if not isinstance(content, str):
+            if any(part["type"] == "image" for part in content):
+                raise UserError("the row has a picture, which a reward model of texts cannot judge")
+            content = "".join(part["text"] for part in content)
+        turns.append({"role": message["role"], "content": content})
+    return [*turns, {"role": "assistant", "content": reply.response}]
+
+
+class RewardModel:
+    """A sequence classifier with one output, in its own chat template: the output is the score."""
+
+    def __init__(self, folder: str):
+        """Raises UserError for a folder that holds no such model in safetensors."""
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        local = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+            self.net = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto", use_safetensors=True, **local)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"--reward {folder}: transformers opens no sequence classifier from it ({error})") from None
+        if self.net.config.num_labels != 1 or not self.tokenizer.chat_template:
+            template = "a" if self.tokenizer.chat_template else "no"
+            raise UserError(
+                f"--reward {folder}: has {self.net.config.num_labels} outputs and {template} chat template; a reward model "
+                "has one of each"
+            )
+        self.net = self.net.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def __call__(self, replies: list[Reply]) -> list[dict[str, float]]:
+        return [{"score": self.score(conversation_of(reply))} for reply in replies]
+
+    def score(self, messages: list[dict[str, str]]) -> float:
+        """The model's output for a conversation, in the model's own precision whatever the caller's."""
+        import torch
+
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(self.net.device)  # (1, T)
+        with torch.no_grad(), torch.autocast(self.net.device.type, enabled=False):
+            return self.net(input_ids=ids).logits.float().item()
+
+
+class Server:
+    """MODEL@URL: the chat model MODEL of an OpenAI-compatible server whose routes begin with URL."""
+
+    def __init__(self, name: str, folder: Path | None = None, requests_per_minute: float = 0, pause_seconds: float = 2.0):
+        """Replies are kept in reward_cache.jsonl in `folder`; 0 requests a minute means as many as the server takes."""
+        self.model, _, rest = name.partition("@")
+        self.url = rest.rstrip("/") + "/chat/completions"
+        self.spacing = 60 / requests_per_minute if requests_per_minute else 0.0
+        self.pause_seconds, self.lock, self.next_start = pause_seconds, threading.Lock(), 0.0
+        self.path = folder / "reward_cache.jsonl" if folder else None
+        self.known: dict[str, str] = {}
+        if self.path and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]  # what a kill left half written is asked again
+            self.known = {line["key"]: line["reply"] for line in map(json.loads, lines)}
+
+    def ask(self, messages: list[dict[str, str]], **settings: Any) -> str:
+        """The model's reply to a conversation. Raises UserError where the server refuses or stays away."""
+        body = json.dumps({"model": self.model, "messages": messages, **settings}, sort_keys=True)
+        key = hashlib.sha256(f"{self.url}\n{body}".encode()).hexdigest()
+        if key not in self.known:
+            reply = self.request(body.encode())
+            with self.lock:
+                self.known[key] = reply
+                if self.path:
+                    with open(self.path, "a", encoding="utf-8") as file:
+                        file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
+        return self.known[key]
+
+    def request(self, body: bytes) -> str:
+        """One request, repeated while the server is busy: after the time that it asks for, else after twice the pause."""
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        if os.environ.get(KEY):
+            request.add_unredirected_header("Authorization", f"Bearer {os.environ[KEY]}")  # for this host alone
+        problem = ""
+        for number in range(NUM_TRIES):
+            self.wait_for_turn()
+            pause = self.pause_seconds * 2**number
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+                    return self.text_of(json.load(response))
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code} {error.read(300).decode(errors='replace').strip()}"
+                if error.code not in BUSY:
+                    hint = f"; give the key in the environment variable {KEY}" if error.code in (401, 403) else ""
+                    raise UserError(f"{self.url} refuses {self.model}: {problem}{hint}") from None
+                wanted = error.headers.get("Retry-After", "")
+                pause = float(wanted) if wanted.isdecimal() else pause
+            except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
+                problem = str(getattr(error, "reason", error))
+            if number + 1 < NUM_TRIES:
+                time.sleep(pause)
+        raise UserError(f"{self.url}: no answer in {NUM_TRIES} tries ({problem}); its replies are kept, try again later")
+
+    def wait_for_turn(self) -> None:
+        """Sleep until the next request may start."""
+        with self.lock:
+            start = max(time.monotonic(), self.next_start)
+            self.next_start = start + self.spacing
+        time.sleep(max(0.0, start - time.monotonic()))
+
+    def text_of(self, reply: Any) -> str:
+        """The text of a reply. Raises UserError for one in another form."""
+        try:
+            message = reply["choices"][0]["message"]
+            return (message[0] if isinstance(message, list) else message)["content"]
+        except (LookupError, TypeError):
+            raise UserError(f"{self.url} answers in another form than chat completions: {str(reply)[:200]}") from None
+
+
+class ServedReward:
+    """A reward model behind a server: its reply is a number, or names such as `reward:-4.1` or `helpfulness:1.6,..`."""
+
+    def __init__(self, server: Server):
+        self.server = server
+
+    def __call__(self, replies: list[Reply]) -> list[dict[str, float]]:
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            return list(pool.map(self.score, replies))
+
+    def score(self, reply: Reply) -> dict[str, float]:
+        """The number named reward, else the one named helpfulness, else the only one. Raises UserError for none."""
+        text = self.server.ask(conversation_of(reply))
+        number = r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)"
+        named = dict(re.findall(rf"([a-z]+)\s*[:=]\s*{number}", text.lower()))
+        plain = re.fullmatch(number, text.strip().lower())
+        found = named.get("reward", named.get("helpfulness", plain and plain[1]))
+        if found is None:
+            raise UserError(f"{self.server.url}: {self.server.model} answers no reward but {text[:80]!r}; pairwise:MODEL@URL "
+                            "asks a chat model which of two answers is better")  # fmt: skip
+        return {"score": float(found)}
+
+
+class Comparison:
+    """A chat model behind a server that says which of two answers is better."""
+
+    def __init__(self, server: Server):
+        self.server = server
+
+    def __call__(self, first: Reply, second: Reply) -> float:
+        """1 where the first is better, 0 where the second is, 0.5 for neither. Raises UserError for another reply."""
+        turns = conversation_of(first)[:-1]
+        prompt = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        question = QUESTION.format(prompt=prompt, first=first.response, second=second.response)
+        text = self.server.ask([{"role": "user", "content": question}], temperature=0, max_tokens=8)
+        found = re.fullmatch(r"\W*(?:[Aa]nswer\W+)?([ABC])\W*", text)
+        if found is None:
+            raise UserError(f"{self.server.url}: {self.server.model} answers neither A, B nor C but {text[:80]!r}")
+        return {"A": 1.0, "B": 0.0, "C": 0.5}[found[1]]
