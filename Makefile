@@ -3,7 +3,7 @@ VENV ?= .venv
 export VENV
 
 .PHONY: demo test quick lint
-demo:  ## the built-in task: a vision-language model learns to find buttons, about a minute
+demo:  ## the built-in task: a vision-language model learns to find buttons, one to two minutes
 	@python=$$(sh .ci/python requirements.txt) && $$python train.py
 
 test:  ## every test

@@ -34,11 +34,18 @@ def main() -> int:
         return 0
     from training.guards import open_folder
 
+    stage = modules[config.stage].Stage
+    if config.replay_step:
+        from training.replay import find_weights, replay
+
+        return replay(Run(config, stage, find_weights(config)))
     if config.demo and config.resume == "no":
         config.output_dir = demo.unused(config.output_dir)
     lock = open_folder(config.output_dir)
     try:
-        return Run(config, modules[config.stage].Stage).train()
+        from training.checkpoint import find_resume
+
+        return Run(config, stage, find_resume(config.output_dir, config.resume)).train()
     finally:
         lock.release()
 
@@ -46,26 +53,27 @@ def main() -> int:
 class Run:
     """One training run: everything it consists of, built in the order of __init__."""
 
-    def __init__(self, config: Config, stage_class: type):
+    def __init__(self, config: Config, stage_class: type, found: Path | None):
+        """found: the checkpoint to go on from."""
         from data.batches import Batches, Encoded
-        from data.rows import open_rows, sha256_of
+        from data.rows import open_rows
+        from data.sources import sha256_of
         from eval.examiner import check_names
         from lora import adapter, files
         from model import load_model
         from model.checkpointing import checkpoint_blocks
         from model.family import Options
-        from training import checkpoint, memory, optim, precision, rehearsal
+        from training import memory, optim, precision, rehearsal
         from training.state import State, seed_random
 
         # the machine, and where the run stands
         check_names(config)
-        self.config, self.folder = config, Path(config.output_dir)
+        self.config, self.folder, self.found, self.journal = config, Path(config.output_dir), found, None
         self.device = memory.check_device(config.device)
         memory.keep_freed_memory()
         self.precision = precision.choose(config.precision, self.device)
         self.machine = memory.machine_line(self.device, self.folder)
         print(self.machine)
-        self.found = checkpoint.find_resume(self.folder, config.resume)
         if config.demo:
             demo.prepare(config)
         seed_random(config.seed)
@@ -74,7 +82,9 @@ class Run:
         quant = "8bit" if config.use_8bit else "4bit" if config.use_4bit else None
         kinds = self.precision
         storage = kinds.frozen if config.use_lora else kinds.full_8bit if "8bit" in config.optim else kinds.full
-        options = Options(max_pixels=config.max_pixels, tool_template=config.tool_template, labels=config.labels)
+        if config.image_cache:
+            Path(config.image_cache).mkdir(parents=True, exist_ok=True)
+        options = Options(config.max_pixels, config.tool_template, config.labels, config.image_cache)
         self.model, self.family = load_model(config.base_model, quant, storage, self.device, options)
         self.adapter_settings = adapter.Settings.from_config(config)
         adapter.attach(self.model, self.family, self.adapter_settings)
@@ -89,7 +99,7 @@ class Run:
         # the rows, and the steps they make
         max_length = None if config.max_length == "auto" else config.max_length
         self.stage = stage_class(config.stage_options, self.model, max_length)
-        self.rows = open_rows(config, self.family, self.folder, self.found is not None, self.stage.takes)
+        self.rows = open_rows(config, self.family, self.folder, bool(found or config.replay_step), self.stage.takes)
         dataset = Encoded(self.rows.train, self.stage.encode, self.rows.lengths.kept)
         self.batches = Batches(dataset, config.batch_size * config.grad_accum, config.seed, config.num_workers)
         self.last = optim.count_updates(config.epochs, config.max_steps, self.batches.steps_per_epoch)
@@ -152,7 +162,7 @@ class Run:
         stop.restore()
         examiner.compare()
         reason = "finished" if finished else "stopped by a signal"
-        self.journal.event("finish", self.state.step, reason=reason, time=time.strftime(TIME))
+        self.journal.event("finish", self.state.step, reason=reason, time=time.strftime(TIME), skipped_rows=len(self.rows.bad))
         self.journal.close()
         examiner.close(finished)
         return stop.exit_code if not finished else 0 if saved else 1
@@ -162,8 +172,10 @@ class Run:
         import torch
 
         from training import guards, memory, optim
+        from training.waiting import Waiting
 
         config, state, per_epoch = self.config, self.state, self.batches.steps_per_epoch
+        waiting = Waiting(config.num_workers)
         steps = self.batches.steps(state.step, self.last)
         while state.step < self.last and not stop.requested:
             started = time.perf_counter()
@@ -186,12 +198,14 @@ class Run:
                     break
             num_supervised = sum(example.num_supervised for example in examples)
             state.step += 1  # 6 the one state object
+            seconds = time.perf_counter() - started
             self.journal.step(  # 7 one line on screen, one on disk
                 state.step, epoch=state.step / per_epoch, loss=loss, lr=rate, grad_norm=norm,
-                supervised_tokens=num_supervised, seconds=time.perf_counter() - started, data_wait=waited,
+                supervised_tokens=num_supervised, seconds=seconds, data_wait=waited,
                 memory=memory.peak_gib(self.device), rows=None if verdict.action == "update" else [row.id for row in rows],
                 **figures,
             )
+            waiting.watch(sum(row.encode_seconds for row in rows), waited, seconds, self.journal.say)
             if verdict.action != "update":
                 self.no_update(verdict, rows)
             if state.step < self.last and due(config.save_every, state.step, per_epoch):  # 8 save, evaluate
@@ -239,7 +253,8 @@ class Run:
         """Write down a step whose update was not made, and why; end the run if the judge says so."""
         step = self.state.step
         self.journal.event(verdict.action, step, reason=verdict.reason)
-        self.journal.say(f"step {step}: no update, because {verdict.reason}; rows: {', '.join(row.id for row in rows)}")
+        names = ", ".join(row.id for row in rows)
+        self.journal.say(f"step {step}: no update, because {verdict.reason}; --replay_step {step} runs it again; rows: {names}")
         if verdict.action == "stop":
             raise UserError(f"step {step}: {verdict.reason}; {self.folder}/journal.jsonl has the rows of each step")
 

@@ -35,6 +35,7 @@ class Task:
     folder: str
     size: str
     steps: int
+    device: str = "cpu"
 
     @property
     def storage(self) -> torch.dtype:
@@ -43,19 +44,24 @@ class Task:
 
 
 class Meter:
-    """Loss and CPU seconds at the end of each step."""
+    """Loss and CPU seconds at the end of each step; on a card, wall time once it is done with the step."""
 
-    def __init__(self):
+    def __init__(self, device: str):
+        self.device = device
         self.losses: list[float] = []
         self.ends: list[float] = []
 
     def step(self, loss: float) -> None:
         self.losses.append(loss)
-        self.ends.append(time.process_time())
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter() if self.device == "cuda" else time.process_time())
 
 
-def peak_mib() -> float:
-    """This process's largest resident memory (getrusage would count the parent's as well)."""
+def peak_mib(device: str) -> float:
+    """This process's largest resident memory (getrusage would count the parent's as well); of a card's, what torch reserved."""
+    if device == "cuda":
+        return torch.cuda.max_memory_reserved() / 2**20
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
@@ -66,7 +72,7 @@ def seed_adapters(net: torch.nn.Module) -> None:
     for name, p in sorted((n[n.index("layers.") :], p) for n, p in net.named_parameters() if "lora_" in n):
         p.data = torch.zeros_like(p, dtype=torch.float32)
         if "lora_A" in name:
-            p.data.normal_(std=p.shape[1] ** -0.5, generator=generator)
+            p.data = torch.empty(p.shape).normal_(std=p.shape[1] ** -0.5, generator=generator).to(p.device)
 
 
 # ---- ours ---------------------------------------------------------------------------------------------------------------
@@ -82,8 +88,8 @@ def ours(task: Task, rows: list[Example], meter: Meter, checkpointing: bool = Fa
     from training.rehearsal import MICRO_TOKENS
 
     memory.keep_freed_memory()
-    dtypes = precision.choose(task.precision, torch.device("cpu"))
-    model, family = load_model(task.folder, "8bit" if task.method == "lora_8bit" else None, task.storage)
+    dtypes = precision.choose(task.precision, torch.device(task.device))
+    model, family = load_model(task.folder, "8bit" if task.method == "lora_8bit" else None, task.storage, task.device)
     adapter.attach(model, family, adapter.Settings(use_lora=task.method != "full", r=LORA_RANK, alpha=LORA_ALPHA))
     seed_adapters(model)
     if checkpointing:
@@ -95,9 +101,9 @@ def ours(task: Task, rows: list[Example], meter: Meter, checkpointing: bool = Fa
     for start in range(0, len(rows), ROWS_PER_STEP):
         examples = rows[start : start + ROWS_PER_STEP]
         total, loss_sum = stage.denominator(examples), 0.0
-        for row in stage.pack(examples, MICRO_TOKENS["cpu"]):
+        for row in stage.pack(examples, MICRO_TOKENS[task.device]):
             with dtypes.autocast():
-                loss, _ = stage.loss(model, row, total)
+                loss, _ = stage.loss(model, row.to(task.device), total)
             loss.backward()
             loss_sum += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -120,6 +126,7 @@ def load_rival(task: Task) -> torch.nn.Module:
     auto = AutoModelForImageTextToText if task.pictures else AutoModelForCausalLM
     quant = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)} if task.method == "lora_8bit" else {}
     model = auto.from_pretrained(task.folder, dtype=task.storage, **quant)
+    model = model if quant else model.to(task.device)
     model.accepts_loss_kwargs = True  # Qwen2.5-VL's class says no, and HF Trainer then averages means of micro-batches
     return model
 
@@ -172,8 +179,9 @@ def plain(task: Task, rows: list[Example], meter: Meter) -> None:
         examples = rows[start : start + ROWS_PER_STEP]
         total, loss_sum = sum(e.num_supervised for e in examples), 0.0
         for first in range(0, ROWS_PER_STEP, MICRO_ROWS):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=task.precision == "bf16"):
-                loss = model(**pad(examples[first : first + MICRO_ROWS]), num_items_in_batch=total).loss
+            batch = {name: tensor.to(task.device) for name, tensor in pad(examples[first : first + MICRO_ROWS]).items()}
+            with torch.autocast(task.device, dtype=torch.bfloat16, enabled=task.precision == "bf16"):
+                loss = model(**batch, num_items_in_batch=total).loss
             loss.backward()
             loss_sum += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -187,9 +195,9 @@ def trainer_settings(task: Task, folder: str) -> dict:
     return dict(
         output_dir=folder, per_device_train_batch_size=MICRO_ROWS, gradient_accumulation_steps=MICRO_BATCHES,
         max_steps=task.steps, learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
-        optim="adamw_torch_fused", bf16=task.precision == "bf16", use_cpu=True, train_sampling_strategy="sequential",
-        gradient_checkpointing=False, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
-        remove_unused_columns=False,
+        optim="adamw_torch_fused", bf16=task.precision == "bf16", use_cpu=task.device == "cpu",
+        train_sampling_strategy="sequential", gradient_checkpointing=False, logging_strategy="no", save_strategy="no",
+        report_to="none", disable_tqdm=True, remove_unused_columns=False,
     )
 
 
@@ -255,9 +263,10 @@ def measure(task: Task) -> dict:
     """Run the task; {"losses", "seconds", "tokens", "peak_mib"}, or {"missing": ...} where its library is absent."""
     from model.family import find_family
 
-    torch.set_num_threads(1)
+    if task.device == "cpu":
+        torch.set_num_threads(1)
     rows = make_rows(find_family(task.folder), SIZES[task.size], task.steps * ROWS_PER_STEP, task.pictures)
-    meter = Meter()
+    meter = Meter(task.device)
     try:
         VARIANTS[task.variant](task, rows, meter)
     except ImportError as error:
@@ -268,7 +277,7 @@ def measure(task: Task) -> dict:
         "seconds": meter.ends[-1] - meter.ends[0],
         "tokens": sum(e.num_supervised for e in counted),
         "positions": sum(map(len, counted)),
-        "peak_mib": peak_mib(),
+        "peak_mib": peak_mib(task.device),
     }
 
 

@@ -41,7 +41,8 @@ class Size:
 
 FULL = Size(32000, 384, 1152, 8, 6, 2, median_length=200, longest=1024, vision_hidden=256, vision_layers=8, longest_side=784)
 QUICK = Size(512, 64, 128, 2, 4, 2, median_length=32, longest=96, vision_hidden=32, vision_layers=2, longest_side=112)
-SIZES = {"full": FULL, "quick": QUICK}
+QWEN_05B = Size(151936, 896, 4864, 24, 14, 2, median_length=400, longest=2048, vision_hidden=0, vision_layers=0, longest_side=0)
+SIZES = {"full": FULL, "quick": QUICK, "qwen2.5-0.5b": QWEN_05B}
 
 
 def write_model(folder: Path, size: Size, pictures: bool) -> None:

@@ -1,12 +1,15 @@
-"""`python -m data make`: data sets that are drawn. `python -m data demo_base`: the base of the built-in task.
+"""`python -m data`: rows fetched, converted, made.
 
-    python -m data make countdown --num 10000 --numbers 3 4 --output_dir data/raw/countdown --with_answers
-    python -m data demo_base --output_dir runs/demo_base
+    python -m data download NAME                                       a data set of the recipes, into data/raw/NAME
+    python -m data convert guicourse --input_dir DIR --output_dir DIR  GUICourse's published files as rows
+    python -m data make countdown --num N --output_dir DIR             Countdown problems with exact answers
+    python -m data demo --rows N --output_dir DIR                      rows of the built-in task, and how to train on them
+    python -m data demo_base --output_dir DIR                          the base of the built-in task, from random weights
 
-The base is made from random weights by this trainer alone, in four lessons. Each is a whole run of train.py (all weights,
-AdamW) on screens of its own that starts from the weights of the lesson before: reading one word, finding one of two or
-three buttons in four cells, a whole screen, and a screen with text fields in any row. A lesson's rows are drawn before it
-and removed after it; one that is finished is not run again.
+The base takes four lessons, each a whole run of train.py (all weights, AdamW) on screens of its own that starts from the
+weights of the lesson before: reading one word, finding one of two or three buttons in four cells, a whole screen, and a
+screen with text fields in any row. A lesson's rows are drawn before it and removed after it; one that is finished is not
+run again.
 """
 
 import argparse
@@ -16,8 +19,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import convert, download, make
 from data.errors import UserError, command
-from data.make import add_flags, make_countdown
+from training.options import Parser
 
 
 @dataclass
@@ -41,29 +45,59 @@ SETTINGS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data", description="Data sets of the project's own.")
-    doors = parser.add_subparsers(dest="door", required=True)
-    base = doors.add_parser("demo_base", help="make the built-in task's base again, from random weights")
-    base.add_argument("--output_dir", required=True, metavar="DIR", help="a folder for each lesson goes here")
-    base.add_argument("--share", type=float, default=1.0, metavar="X", help="of the updates of every lesson (1.0)")
-    base.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    add_flags(doors.add_parser("make", help="draw a data set: Countdown problems with exact answers"))
+    parser = Parser(prog="python -m data", description="Rows fetched, converted, made.")
+    doors = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, text, add_flags, run in (
+        ("download", "fetch a data set of the recipes", download.add_flags, download.run),
+        ("convert", "make rows of the files that GUICourse's authors publish", convert.add_flags, convert.run),
+        ("make", "draw a data set: Countdown problems with exact answers", make.add_flags, make.make_countdown),
+        ("demo", "write rows of the built-in task, and its held-out rows", add_demo_flags, make_demo_rows),
+        ("demo_base", "make the built-in task's base again, from random weights", add_base_flags, make_base),
+    ):
+        door = doors.add_parser(name, help=text, description=text)
+        add_flags(door)
+        door.set_defaults(run=run)
     flags = parser.parse_args()
-    if flags.door == "make":
-        make_countdown(flags)
-    else:
-        make_base(Path(flags.output_dir), flags.share, flags.device)
+    flags.run(flags)
 
 
-def make_base(folder: Path, share: float, device: str) -> None:
+# ---- the built-in task ------------------------------------------------------------------------------------------------
+
+
+def add_demo_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, required=True, metavar="N",
+                        help="rows of the new task; a third as many of the old one are added")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the screens (0)")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="DIR/rows is emptied and filled")
+
+
+def make_demo_rows(flags: argparse.Namespace) -> None:
+    """The demo's rows as `python train.py` draws them, and the command that trains on them. UserError for no rows."""
+    from data.demo import make_demo
+
+    if flags.rows < 1:
+        raise UserError(f"--rows {flags.rows}: at least one row is needed to train on")
+    folder = Path(flags.output_dir)
+    train, new, old = make_demo(folder / "rows", flags.rows, flags.seed)
+    print(f"python train.py --base_model data/demo_base --data_path {train} --eval_path {new},{old} --output_dir "
+          f"{folder / 'run'} --use_lora --seed {flags.seed} --eval_task demo --predict_with_generate --eval_every no")
+
+
+def add_base_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="a folder for each lesson goes here")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def make_base(flags: argparse.Namespace) -> None:
     """Run the lessons; the last one's model/ is the base. Raises UserError where a lesson ends with an error."""
+    folder = Path(flags.output_dir)
     weights = folder / "random"
     if not weights.exists():
         write_random(weights)
     for number, lesson in enumerate(LESSONS, 1):
         run, rows = folder / f"{number}-{lesson.task}", folder / f"{number}-rows"
         if not (run / "model").exists():
-            train(lesson, weights, run, rows, max(1, round(share * lesson.steps)), device)
+            train(lesson, weights, run, rows, flags.device)
             shutil.rmtree(rows)
         weights = run / "model"
     print(f"the base is {weights}")
@@ -90,12 +124,12 @@ def write_random(folder: Path) -> None:
     write_weights(net.to(torch.bfloat16), family, folder)
 
 
-def train(lesson: Lesson, weights: Path, run: Path, rows: Path, steps: int, device: str) -> None:
+def train(lesson: Lesson, weights: Path, run: Path, rows: Path, device: str) -> None:
     """One lesson: draw its screens, every one new, and train on each once."""
     from data.demo import make_rows
 
     shutil.rmtree(rows, ignore_errors=True)
-    path = make_rows(rows, lesson.task, steps * lesson.screens)
+    path = make_rows(rows, lesson.task, lesson.steps * lesson.screens)
     held_out = make_rows(rows, lesson.task, HELD_OUT, split="held_out", name="held_out")
     arguments = ["--base_model", weights, "--data_path", path, "--eval_path", held_out, "--output_dir", run]
     arguments += ["--batch_size", lesson.screens, "--learning_rate", lesson.rate, "--device", device, *SETTINGS]

@@ -8,6 +8,7 @@ number of worker processes.
 
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -183,10 +184,12 @@ class Encoded:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Example | UserError:
-        record = None
+        record, began = None, time.perf_counter()
         try:
             record = self.records[self.indices[index]]
-            return self.encode(record)
+            example = self.encode(record)
+            example.encode_seconds = time.perf_counter() - began
+            return example
         except UserError as error:
             error.where, error.id = (record.where, record.id) if record else (str(error).split(" ")[0],) * 2
             return error

@@ -3,11 +3,12 @@
     python -m data convert guicourse --input_dir data/raw/guicourse --output_dir guicourse
 
 Every NAME_data.json below the input folder is read row by row with the pictures of NAME_images.parquet beside it, and
-becomes NAME.jsonl and images/NAME/. Of a parquet file one batch of pictures is in memory, whatever its row groups hold; a
-picture keeps its bytes. Started again, it goes on: pictures that are there are not written twice. A row that cannot be
-converted stands in bad_rows.jsonl with its file and number, and the others go on.
+becomes NAME.jsonl and images/NAME/. Of a parquet file a page is in memory, whatever its row groups hold (pandas puts
+1,024 pictures on a page); a picture keeps its bytes. Started again, it goes on: pictures that are there are not written
+twice. A row that cannot be converted stands in bad_rows.jsonl with its file and number, and the others go on.
 """
 
+import argparse
 import base64
 import json
 import os
@@ -22,11 +23,21 @@ from data.dialects import read_row
 from data.errors import UserError
 from data.guicourse import convert_row
 from data.images import picture_format
-from data.records import split_array
+from data.json_array import split_array
 from data.turns import Problem, decode, short
 
-BATCH_PICTURES = 16  # in memory at once; a screenshot is about a megabyte
+BATCH_PICTURES = 16  # made into Python objects at once
 FILE_NAME = re.compile(r"[\w.+-]+")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=["guicourse"])
+    parser.add_argument("--input_dir", required=True, metavar="DIR", help="*_data.json and *_images.parquet lie below it")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="NAME.jsonl and images/NAME/ go here")
+
+
+def run(flags: argparse.Namespace) -> None:
+    convert_guicourse(Path(flags.input_dir), Path(flags.output_dir))
 
 
 def convert_guicourse(input_dir: Path, output_dir: Path) -> None:
@@ -54,7 +65,11 @@ def convert_guicourse(input_dir: Path, output_dir: Path) -> None:
 
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     """("file.json:17", the row or its Problem) of a json array."""
-    for number, _, _, raw in split_array(path):
+    with open(path, "rb") as file:
+        begin = file.read(4096).find(b"[")
+    if begin < 0:
+        raise UserError(f"{path} is not a json array of rows; download it again")
+    for number, _, _, raw in split_array(path, begin):
         where = f"{path.name}:{number}"
         try:
             row = decode(raw)

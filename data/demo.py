@@ -284,6 +284,7 @@ def tokenizer_text() -> list[str]:
 
 # ---- the demo as a run ----------------------------------------------------------------------------------------------------
 
+NUM_ROWS = 600  # of the new task
 SETTINGS = {  # of `python train.py` without arguments, over Config's defaults
     "base_model": str(Path(__file__).parent / "demo_base"), "output_dir": "checkpoints/demo", "use_lora": True,
     "lora_parts": ["language", "projector", "vision"], "max_steps": 200, "eval_every": "no", "save_every": "no",
@@ -297,12 +298,18 @@ def unused(folder: str) -> str:
     return next(name for name in names if not Path(name).exists())
 
 
-def prepare(config) -> None:
-    """Write the rows of the demo below its output folder: 600 of the new task with 200 of the old one among them, which
-    keep the model from forgetting it, and 200 unseen screens of each to answer before and after."""
-    folder = Path(config.output_dir) / "rows"
+def make_demo(folder: str | Path, num_rows: int, seed: int) -> tuple[Path, Path, Path]:
+    """Draw the demo's rows into a folder that is emptied first: to train on, `num_rows` of the new task and a third as many
+    of the old one, which keep the model from forgetting it; and 200 unseen screens of each task to answer before and after,
+    the new one (demo.jsonl) and the old one (old.jsonl)."""
     shutil.rmtree(folder, ignore_errors=True)
-    config.data_path = str(make_rows(folder, "new", 600, config.seed, name="train"))
-    make_rows(folder, "base", 200, config.seed, name="train")
-    demo = make_rows(folder, "new", 200, config.seed, "held_out", "demo")
-    config.eval_path = f"{demo},{make_rows(folder, 'base', 200, config.seed, 'held_out', 'old')}"
+    train = make_rows(folder, "new", num_rows, seed, name="train")
+    make_rows(folder, "base", num_rows // 3, seed, name="train")
+    return (train, make_rows(folder, "new", 200, seed, "held_out", "demo"),
+            make_rows(folder, "base", 200, seed, "held_out", "old"))
+
+
+def prepare(config) -> None:
+    """Write the rows of the demo below its output folder and name them in the settings."""
+    train, *held_out = make_demo(Path(config.output_dir) / "rows", NUM_ROWS, config.seed)
+    config.data_path, config.eval_path = str(train), ",".join(map(str, held_out))

@@ -5,9 +5,11 @@ target is on: 1280 x 720, the window in which it was recorded, at the place wher
 place must not follow from the target: in a window centred on it, the answer is always the middle.
 """
 
+from base64 import b64encode
 from collections.abc import Callable
 
 from data.dialects import Question, dialect, has
+from data.images import picture_format
 from data.turns import Problem, decode, short
 
 WINDOW = (1280, 720)  # pixels; --max_pixels shrinks it further
@@ -44,11 +46,18 @@ def _read_mind2web(row: dict, size_of: Callable[[str], tuple[int, int]]) -> list
     words = " ".join(filter(None, (operation["op"], operation.get("value"))))
     done = (row.get("action_reprs") or [])[: int(row.get("target_action_index") or 0)]
     history = "".join(f"\n{number}. {action}" for number, action in enumerate(done, 1)) or " none"
-    picture = {"type": "image", "image": f"{row['screenshot']}#xywh={left},{top},{width},{height}"}
+    picture = {"type": "image", "image": f"{_as_text(row['screenshot'])}#xywh={left},{top},{width},{height}"}
     prompt = (f"Task: {row['confirmed_task']}\nActions so far:{history}\n"
               "What is the next action? Answer with CLICK, TYPE or SELECT, the text if there is one, and the element's box.")
     answer = "{} <box>({},{}),({},{})</box>".format(words, *corners)
     return [{"role": "user", "content": [picture, {"type": "text", "text": prompt}]}, {"role": "assistant", "content": answer}]
+
+
+def _as_text(picture: str | bytes) -> str:
+    """A path as it is, a picture out of a table as a data URL."""
+    if isinstance(picture, str):
+        return picture
+    return f"data:image/{picture_format(picture).lower()};base64,{b64encode(picture).decode()}"
 
 
 def _target_box(candidates: list, page: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -1,5 +1,7 @@
 """Prompts whose answer a reward judges: Countdown as a table of numbers, and any prompt with its ground truth."""
 
+from contextlib import suppress
+
 from data.dialects import Question, dialect, has
 from data.turns import Problem, decode, short, turns_of
 
@@ -22,8 +24,9 @@ def _read_countdown(row: dict) -> Question:
 def _read_ground_truth(row: dict) -> Question:
     """ground_truth is {"numbers", "target"} (also as a JSON string), another object that a reward knows, or an answer."""
     truth = row["ground_truth"]
-    if isinstance(truth, str) and truth.lstrip().startswith("{"):
-        truth = decode(truth)
+    if isinstance(truth, str) and truth.startswith("{"):
+        with suppress(Problem):  # "{1, 2}" is an answer
+            truth = decode(truth)
     if not isinstance(truth, dict):
         truth = {"answer": truth}
     elif truth.keys() >= {"numbers", "target"}:

@@ -35,13 +35,10 @@ TOOLS = [
 ]
 
 
-def is_run(value: dict) -> bool:
-    """Whether a json object is a saved run."""
-    return value.keys() >= {"run_id", "solver_history"}
-
-
-def expand(run: dict) -> list[dict]:
-    """The rows of a run, one a step. Raises Problem for a run without messages or actions."""
+def expand(run: object) -> list[dict] | None:
+    """The rows of a run, one a step; None for a file that is no run. Raises Problem for a run without messages or actions."""
+    if not isinstance(run, dict) or not run.keys() >= {"run_id", "solver_history"}:
+        return None
     history = run["solver_history"]
     messages = history.get("messages") if isinstance(history, dict) else None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):

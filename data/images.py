@@ -4,22 +4,26 @@ A picture file is a stranger's file: size on disk and size in pixels are read fr
 single pixel is decoded, only five plain formats are tried, and whatever the decoder objects to becomes one sentence
 that names the file. EXIF orientation is NOT applied: the original Qwen, MiniCPM, CogAgent and Phi-3 code reads the
 stored pixels too, and boxes in the rows are written for those. A header costs under 0.1 ms, an annotated screenshot
-(1330 x 1970) about 0.2 s and 63 MB of patches; nothing is cached.
+(1330 x 1970) about 0.2 s and 63 MB of patches. With --image_cache the resized picture stays on disk as a PNG.
 
-A picture is named by a path, or by a data URL that holds it (saved runs of agents do); "page.png#xywh=0,720,1280,720", the
-notation of W3C's Media Fragments, is a part of a picture, cut out when it is opened.
+A picture is a path, the bytes of a file, or a data URL (saved runs of agents hold those); "page.png#xywh=0,720,1280,720",
+the notation of W3C's Media Fragments, is a part of a picture, cut out when it is opened.
 """
 
 import base64
+import hashlib
+import io
 import math
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
-from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import PIL
 from PIL import Image
 
 from data.errors import UserError
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 MAX_DECODED_PIXELS = 50_000_000  # 150 MB as RGB; a page of 1,280 x 7,412, which Mind2Web has, is 9.5 million
 MAX_FILE_BYTES = 64 * 2**20
 MAX_ASPECT_RATIO = 200
+FREE_BYTES = 2**30  # of the disk that the cache leaves alone
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 FRAGMENT = re.compile(r"#xywh=(\d{1,6}),(\d{1,6}),(\d{1,6}),(\d{1,6})\Z")
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
@@ -51,11 +56,14 @@ def find_image(name: str, root: str, data_folder: str, anywhere: bool) -> tuple[
     found, size = find_file(path, root, data_folder, anywhere)
     if part is None:
         return found, size
-    return f"{found}{name[len(path):]}", check_part(part, size, f"picture {found}")
+    return f"{found}{name[len(path):]}", check_part(part, size, _name(found))
 
 
-def split_part(name: str) -> tuple[str, tuple[int, int, int, int] | None]:
+def split_part(name: str | os.PathLike | bytes) -> tuple[str | bytes, tuple[int, int, int, int] | None]:
     """(name without its fragment, (left, top, width, height) of the part that the fragment asks for, or None)."""
+    if isinstance(name, bytes):
+        return name, None
+    name = os.fspath(name)
     found = FRAGMENT.search(name)
     return (name[: found.start()], tuple(map(int, found.groups()))) if found else (name, None)
 
@@ -93,25 +101,33 @@ def find_file(path: str, root: str, data_folder: str, anywhere: bool) -> tuple[s
     raise OutsideRoot(f"{target}{gone} is not below {root}; --image_root {folder} would admit it", folder)
 
 
-def _open_header(source: str | os.PathLike) -> Image.Image:
-    """The picture of a path or data URL with its header read and its size checked, no pixel decoded yet."""
-    name = _name_of(source)
-    if isinstance(source, str) and (found := DATA_URL.match(source)):
-        try:
-            file = BytesIO(base64.b64decode(source[found.end() :], validate=True))
-        except ValueError as error:
-            raise UserError(f"{name} is not base64 ({error})") from None
-        num_bytes = file.getbuffer().nbytes
-    else:
-        if not os.path.isfile(source):  # also keeps pipes and devices out, which would never end
-            raise UserError(f"{name} does not exist or is not a file")
-        file, num_bytes = source, os.path.getsize(source)
+def _name(source: str | os.PathLike | bytes) -> str:
+    in_the_row = isinstance(source, bytes) or (isinstance(source, str) and DATA_URL.match(source))
+    return "the row's own picture" if in_the_row else f"picture {source}"
+
+
+def _decode_url(source: str | os.PathLike | bytes) -> str | os.PathLike | bytes:
+    """The bytes that a data URL holds; another source as it is."""
+    found = DATA_URL.match(source) if isinstance(source, str) else None
+    try:
+        return base64.b64decode(source[found.end() :], validate=True) if found else source
+    except ValueError as error:
+        raise UserError(f"{_name(source)} is a data URL that is not base64 ({error})") from None
+
+
+def _open_header(source: str | os.PathLike | bytes) -> Image.Image:
+    """The picture of a file, a file's bytes or a data URL with its header read and its size checked, no pixel decoded."""
+    name, source = _name(source), _decode_url(source)
+    in_memory = isinstance(source, bytes)
+    if not in_memory and not os.path.isfile(source):  # also keeps pipes and devices out, which would never end
+        raise UserError(f"{name} does not exist or is not a file")
+    num_bytes = len(source) if in_memory else os.path.getsize(source)
     if num_bytes > MAX_FILE_BYTES:
         raise UserError(f"{name} is {num_bytes:,} bytes on disk, more than {MAX_FILE_BYTES:,}; save it smaller")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower limit follows
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(io.BytesIO(source) if in_memory else source, formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise UserError(f"{name} is not one of {', '.join(FORMATS)}, or its header is damaged") from None
     except Exception as error:  # decoders meet hostile bytes with errors of every type
@@ -124,43 +140,100 @@ def _open_header(source: str | os.PathLike) -> Image.Image:
     return image
 
 
-def _name_of(source: str | os.PathLike | Image.Image) -> str:
-    """What an error calls a picture."""
-    if isinstance(source, Image.Image):
-        return "a picture given as a PIL object"
-    return "a picture given as a data URL" if isinstance(source, str) and DATA_URL.match(source) else f"picture {source}"
-
-
 def _check_pixels(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width * height > MAX_DECODED_PIXELS:
         raise UserError(f"{name} has {width} x {height} pixels, more than {MAX_DECODED_PIXELS:,}; save it smaller")
 
 
-def image_size(source: str | os.PathLike) -> tuple[int, int]:
+def image_size(source: str | os.PathLike | bytes | Image.Image) -> tuple[int, int]:
     """(width, height) in pixels from the header alone. UserError where open_image would refuse the header."""
-    path, part = split_part(os.fspath(source))
-    with _open_header(path) as image:
-        return image.size if part is None else check_part(part, image.size, _name_of(path))
+    if isinstance(source, Image.Image):
+        return source.size
+    file, part = split_part(source)
+    with _open_header(file) as image:
+        return image.size if part is None else check_part(part, image.size, _name(file))
 
 
-def open_image(source: str | os.PathLike | Image.Image, over_white: bool = True) -> Image.Image:
-    """A path, data URL or PIL picture as RGB: the first frame, its pixels as stored, the part that a fragment asks for,
-    transparency laid over white or dropped.
+def picture_format(raw: bytes) -> str:
+    """PNG, JPEG, WEBP, BMP or GIF: what a file's bytes are. UserError where open_image would refuse the header."""
+    with _open_header(raw) as image:
+        return image.format
+
+
+def open_image(source: str | os.PathLike | bytes | Image.Image, over_white: bool = True) -> Image.Image:
+    """A path, the bytes of a file, a data URL or a PIL picture as RGB: the first frame, its pixels as stored, the part
+    that a fragment asks for, transparency laid over white or dropped.
 
     UserError (naming the file) if it is missing, too large, of another format, damaged or cut short.
     """
     if isinstance(source, Image.Image):
-        _check_pixels(source, _name_of(source))
+        _check_pixels(source, "a picture given as a PIL object")
         return _to_rgb(source, over_white)
-    path, part = split_part(os.fspath(source))
-    with _open_header(path) as image:
-        size = image.size if part is None else check_part(part, image.size, _name_of(path))
+    file, part = split_part(source)
+    with _open_header(file) as image:
+        if part is not None:
+            check_part(part, image.size, _name(file))
         try:
             image.load()
-            return _to_rgb(image if part is None else image.crop((*part[:2], part[0] + size[0], part[1] + size[1])), over_white)
+            if part is not None:
+                left, top, width, height = part
+                image = image.crop((left, top, left + width, top + height))
+            return _to_rgb(image, over_white)
         except Exception as error:
-            raise UserError(f"{_name_of(path)} is damaged or cut short: {error}") from None
+            raise UserError(f"{_name(file)} is damaged or cut short: {error}") from None
+
+
+def open_resized(
+    source: str | os.PathLike | bytes | Image.Image, sizes: list[tuple[int, int]], resample: Image.Resampling,
+    over_white: bool = True, transpose: bool = False, cache: str | None = None,
+) -> list[Image.Image]:
+    """open_image(source), mirrored along its diagonal if asked, in each of the sizes (width, height).
+
+    A file's results are kept as PNG in the folder `cache`, under the hash of the file's bytes and all else that they follow
+    from. An entry that does not read is made again; none is added where the disk has less than FREE_BYTES left.
+    """
+    paths: list[str] = []
+    if cache and not isinstance(source, Image.Image):
+        image_size(source)  # its checks, before the file's bytes are read
+        file, part = split_part(source)
+        file = _decode_url(file)
+        digest = hashlib.sha256(file if isinstance(file, bytes) else Path(file).read_bytes()).hexdigest()
+        rule = f"{'-'.join(map(str, part))}-" if part else ""
+        rule += f"{resample.name.lower()}{'-white' * over_white}{'-transposed' * transpose}-pillow{PIL.__version__}"
+        paths = [os.path.join(cache, digest[:2], f"{digest}-{width}x{height}-{rule}.png") for width, height in sizes]
+        kept = [_read_kept(path, size) for path, size in zip(paths, sizes, strict=True)]
+        if all(kept):
+            return kept
+    image = open_image(source, over_white)
+    if transpose:
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+    resized = [image.resize(size, resample) for size in sizes]
+    for path, picture in zip(paths, resized, strict=False):
+        _keep(picture, path)
+    return resized
+
+
+def _read_kept(path: str, size: tuple[int, int]) -> Image.Image | None:
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.load()
+            return image if image.mode == "RGB" and image.size == size else None
+    except Exception:  # not there, or torn: it is made again
+        return None
+
+
+def _keep(image: Image.Image, path: str) -> None:
+    """Write an entry of the cache whole or not at all; workers may write the same one at once."""
+    part = f"{path}.{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if shutil.disk_usage(os.path.dirname(path)).free >= FREE_BYTES:
+            image.save(part, "PNG", compress_level=1)
+            os.replace(part, path)
+    except OSError:  # a disk that refuses an entry costs time, not a row
+        if os.path.exists(part):
+            os.unlink(part)
 
 
 def _to_rgb(image: Image.Image, over_white: bool) -> Image.Image:
@@ -194,20 +267,18 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def patchify(
-    image: Image.Image, patch_size: int, merge_size: int, temporal_patch_size: int,
-    min_pixels: int, max_pixels: int, mean: Sequence[float], std: Sequence[float],
+    image: Image.Image, patch_size: int, merge_size: int, temporal_patch_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> tuple["torch.Tensor", tuple[int, int, int]]:
-    """An RGB picture as Qwen2-VL's patches: float32 (P, C * temporal_patch_size * patch_size^2) and its grid (1, h, w)
-    in patches, P = h * w. The merge_size^2 patches that become one token lie next to each other.
+    """An RGB picture in the size of smart_resize as Qwen2-VL's patches: float32 (P, C * temporal_patch_size * patch_size^2)
+    and its grid (1, h, w) in patches, P = h * w. The merge_size^2 patches that become one token lie next to each other.
 
-    Bit-equal to transformers' processor: bicubic resize of bytes by Pillow, / 255, minus mean, / std.
+    Bit-equal to transformers' processor: bytes resized bicubically by Pillow, / 255, minus mean, / std.
     """
     import numpy
     import torch
 
-    height, width = smart_resize(image.height, image.width, patch_size * merge_size, min_pixels, max_pixels)
-    pixels = numpy.asarray(image.resize((width, height), Image.Resampling.BICUBIC))  # (height, width, C) bytes
-    rows, columns = height // patch_size, width // patch_size
+    pixels = numpy.asarray(image)  # (height, width, C) bytes
+    rows, columns = image.height // patch_size, image.width // patch_size
     pixels = pixels.reshape(
         rows // merge_size, merge_size, patch_size, columns // merge_size, merge_size, patch_size, 3
     ).transpose(6, 0, 3, 1, 4, 2, 5).reshape(3, rows * columns, patch_size, patch_size)  # (C, P, patch, patch) bytes

@@ -40,6 +40,7 @@ class Example:
     values: dict[str, float] = field(default_factory=dict)
     id: str = ""
     where: str = ""
+    encode_seconds: float = 0.0  # it took to make this, in whichever process
 
     def __len__(self) -> int:
         return len(self.input_ids)

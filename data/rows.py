@@ -1,26 +1,29 @@
 """The rows of a run: training and evaluation sets opened, checked, measured, and accounted for before the first step.
 
 Whatever is refused, here or later in a worker process, ends in one list that becomes bad_rows.jsonl; a refused row is
-never replaced by another. Held-out rows are drawn by the seed alone.
+never replaced by another. Held-out rows and the shares that weights take are drawn by the seed alone.
 """
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from data.batches import epoch_order
+from data.batches import epoch_order, hash_seed
 from data.errors import UserError
 from data.lengths import Lengths, find_longest, measure, remedy
-from data.records import Record, Records, open_records
+from data.records import Record, Records, read_sources
+from data.sources import name_apart, open_sources
 from data.template import make_template
 
 
 @dataclass
 class Rows:
-    """`train` and the rows of it that are trained on (lengths.kept); each evaluation set's rows by its name."""
+    """`train` and the rows of it that an epoch sees (lengths.kept, by weight); each evaluation set's rows by its name."""
 
     train: Records
     lengths: Lengths
@@ -28,7 +31,7 @@ class Rows:
     on_bad_row: str
     eval_sets: dict[str, tuple[Records, list[int]]] = field(default_factory=dict)
     test_set: tuple[Records, list[int]] | None = None
-    files: list[dict] = field(default_factory=list)  # [{"file", "rows", "sha256"}]
+    files: list[dict] = field(default_factory=list)  # [{"file", "rows", "sha256", "weight"}]
     bad: list[dict] = field(default_factory=list)
 
     @property
@@ -39,13 +42,16 @@ class Rows:
         held = "".join(f", {len(rows)} in {name}" for name, (_, rows) in self.eval_sets.items())
         total = sum(file["rows"] for file in self.files)
         skipped = f"skipped {len(self.bad)} of {total} rows\n" if self.bad else ""
-        rows = f"{len(self.lengths.kept)} rows to train on ({dialects}{notes}){held}"
+        weights = [f"{part.source.entry} x {part.source.weight:g}" for part in self.train.parts]
+        weighed = f", an epoch is {', '.join(dict.fromkeys(weights))}" if any(not w.endswith(" x 1") for w in weights) else ""
+        rows = f"{len(self.lengths.kept)} rows to train on ({dialects}{notes}){weighed}{held}"
         return f"{skipped}{rows}, the longest {self.lengths.longest} positions"
 
     @property
     def sha256(self) -> str:
-        """Of the training file: a resumed run must read the same rows."""
-        return self.files[0]["sha256"]
+        """Of all that is trained on and its weights: a resumed run must read the same rows."""
+        found = [[file["sha256"], file["weight"]] for file in self.files[: len(self.train.parts)]]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     def usable(self, examples: list) -> list:
         """The examples without the rows that turned out bad in a worker. Raises the first one's UserError unless such
@@ -71,7 +77,7 @@ class Rows:
 def open_rows(
     config: Any, family: Any, folder: Path, resumed: bool = False, takes: Collection[str] = ("conversation",)
 ) -> Rows:
-    """Open config.data_path (and eval_path, several separated by commas, or eval_split rows of the same file).
+    """Open config.data_path, and eval_path (each entry is a set of its own) or eval_split rows of data_path.
 
     takes: the kinds of row that the stage is for; one of another kind is a bad row.
 
@@ -82,11 +88,13 @@ def open_rows(
     if not resumed:
         bad_path.unlink(missing_ok=True)
     rows, template = None, make_template(config.prompt_template, config.response_template, config.image_column)
-    eval_paths = config.eval_path.split(",") if config.eval_path else []
-    test_paths = [config.test_path] if config.test_path else []
-    kinds = ["train"] + ["eval"] * len(eval_paths) + ["test"] * len(test_paths)
-    for kind, path in zip(kinds, [config.data_path, *eval_paths, *test_paths], strict=True):
-        records = open_records(path, config.image_root, config.allow_outside_images, "skip", takes, template)
+    sets = [("train", open_sources(config.data_path))]
+    evaluated = open_sources(config.eval_path) if config.eval_path else []
+    sets += [("eval", list(entry)) for _, entry in groupby(evaluated, lambda source: source.entry)]
+    sets += [("test", open_sources(config.test_path))] if config.test_path else []
+    name_apart([source for _, sources in sets for source in sources])
+    for kind, sources in sets:
+        records = read_sources(sources, config.image_root, config.allow_outside_images, takes, template)
         lengths = measure_rows(records, config, family)
         if rows is None:
             rows = Rows(records, lengths, bad_path, config.on_bad_row)
@@ -94,13 +102,30 @@ def open_rows(
                 rows.bad = [json.loads(line) for line in bad_path.read_text(encoding="utf-8").splitlines()]
         refuse_rows(rows, records, lengths, config, family)
         if kind == "test":
-            rows.test_set = records, lengths.kept
+            rows.test_set = records, weigh(records, lengths.kept, config.seed)
         elif kind == "eval":
-            rows.eval_sets[unique_name(Path(path).stem, rows.eval_sets)] = records, lengths.kept
-        rows.files.append({"file": str(path), "rows": len(records) + len(records.bad), "sha256": sha256_of(Path(path))})
+            name = unique_name(Path(sources[0].entry).stem, rows.eval_sets)
+            rows.eval_sets[name] = records, weigh(records, lengths.kept, config.seed)
+        rows.files += [part.describe() for part in records.parts]
     if config.eval_split:
         hold_out(rows, config.eval_split, config.seed, family)
+    rows.lengths.kept = weigh(rows.train, rows.lengths.kept, config.seed)
+    if not rows.lengths.kept:
+        raise UserError(f"--data_path {config.data_path}: the weights leave no row; give larger ones")
     return rows
+
+
+def weigh(records: Records, kept: list[int], seed: int) -> list[int]:
+    """The kept rows as often as the weight of their source says; of a fraction, a share drawn by the seed."""
+    if all(part.source.weight == 1 for part in records.parts):
+        return kept
+    weighed = []
+    for number, (part, places) in enumerate(zip(records.parts, records.numbers, strict=True)):
+        rows = kept[bisect_left(kept, places.start) : bisect_left(kept, places.stop)]
+        whole, rest = divmod(part.source.weight, 1)
+        drawn = epoch_order(len(rows), hash_seed(seed, number), epoch=-2)[: round(rest * len(rows))]
+        weighed += rows * int(whole) + [rows[place] for place in sorted(drawn)]
+    return weighed
 
 
 def counter(family: Any) -> Callable[[Record], list[tuple[int, int]]]:
@@ -120,16 +145,15 @@ def refuse_rows(rows: Rows, records: Records, lengths: Lengths, config: Any, fam
     total = len(records) + len(records.bad)
     stop = config.on_bad_row == "stop" or not lengths.kept
     if stop and records.bad:
-        hint = "correct them, or pass --on_bad_row skip" if lengths.kept else "correct them"
-        raise UserError(f"{records.path}: {records.refusal()}; all are in {rows.bad_path}; {hint}")
+        records.refuse(f"all are in {rows.bad_path}; ")
     if stop and lengths.unusable:
         first = lengths.unusable[0]
         raise UserError(
-            f"{records.path}: {len(lengths.unusable)} of {total} rows cannot be used; the first is {first['where']}: "
+            f"{records.name}: {len(lengths.unusable)} of {total} rows cannot be used; the first is {first['where']}: "
             f"{first['problem']}; all are in {rows.bad_path}"
         )
     if stop and lengths.bad:
-        raise UserError(f"{records.path}: {remedy(lengths, total, family.pixels_per_position)}; all are in {rows.bad_path}")
+        raise UserError(f"{records.name}: {remedy(lengths, total, family.pixels_per_position)}; all are in {rows.bad_path}")
 
 
 def hold_out(rows: Rows, amount: float, seed: int, family: Any) -> None:
@@ -152,11 +176,3 @@ def unique_name(stem: str, taken: dict) -> str:
         name = f"{stem}-{number}"
     return name
 
-
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in one pass with little memory."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()

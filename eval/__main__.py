@@ -41,7 +41,8 @@ def score_parser() -> Parser:
         epilog="python -m eval ask --help: one question, or a dialogue.", allow_abbrev=False,
     )
     add_model_flags(parser)
-    parser.add_argument("--data_path", required=True, metavar="FILE", help="rows; the last answer of each is its label")
+    parser.add_argument("--data_path", required=True, metavar="ROWS", help="rows, as for train.py; the last answer of each is "
+                        "its label")
     parser.add_argument("--task", default="auto", help=f"{tasks}, or module:function of yours (default auto: by label)")
     parser.add_argument("--image_root", metavar="DIR", help="folder of the pictures; default: the rows' folder")
     for name in TEMPLATE_FLAGS:
@@ -152,7 +153,10 @@ def score(flags: argparse.Namespace) -> None:
     if records.bad:
         print(f"skipped {len(records.bad)} of {len(records) + len(records.bad)} rows")
     folder = Path(flags.output_dir or (run / "eval" if run else ".")) / "outputs"
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {flags.output_dir}: cannot be written ({error.strerror})") from None
     name = flags.task.rpartition(":")[2]
     chosen = [records[i] for i in range(min(len(records), flags.limit or len(records)))]
     if flags.reward:

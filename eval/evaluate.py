@@ -106,7 +106,7 @@ def answer_lines(
     family: Family, task: Task, rows: list[tuple[Record, Example]], ask: Callable[..., list[Answer]], others: dict[str, dict]
 ) -> Iterator[dict[str, Any]]:
     """The lines of some rows: each one's answers, one after the other, with their scores."""
-    prompts = [prompt_of(family, example) for _, example in rows]
+    prompts = [family.prompt_of(example) for _, example in rows]
     answers = ask(prompts)
     num_samples = len(answers) // len(rows)
     for number, answer in enumerate(answers):
@@ -164,26 +164,9 @@ def stage_sums(model: Model, stage: Any, examples: list[Any], micro_tokens: int)
     return sums
 
 
-def answer_start(example: Example) -> int:
-    """Where the last trained answer of an example begins; the end of one without an answer."""
-    trained = (example.labels != NO_LOSS).tolist()
-    if not any(trained):
-        return len(trained)
-    place = len(trained) - trained[::-1].index(True)
-    while place > 0 and trained[place - 1]:
-        place -= 1
-    return place
-
-
-def prompt_of(family: Family, example: Example) -> Example:
-    """The example up to its last trained answer: the ids of family.encode_prompt, its pictures not opened again."""
-    end = answer_start(example)
-    return family.example(example.input_ids[:end], [NO_LOSS] * end, example.pixels)
-
-
 def label_of(family: Family, example: Example) -> str:
     """The last trained answer as text, without its stop token: what the model would have to write."""
-    ids = example.labels[answer_start(example) :].tolist()
+    ids = example.labels[family.answer_start(example) :].tolist()
     end = next((place for place, token in enumerate(ids) if token == NO_LOSS or token in family.stop_ids), len(ids))
     text = family.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return family.answer_text(text)

@@ -124,7 +124,7 @@ def adapter_config(model: Model, family: Family, settings: Settings, base_model:
         )
     else:
         kind = {"task_type": "CAUSAL_LM"}
-        if family.opens_in_transformers and family.image_token_id is not None:
+        if family.opens_in_transformers and "vision" in family.parts:
             kind = {"auto_mapping": {"base_model_class": type(net).__name__, "parent_library": type(net).__module__}}
         config = LoraConfig(
             **common, **kind, r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout,

@@ -57,9 +57,9 @@ def inspect(name: str) -> None:
         "tensors": f"{len(shards.file_of)}: " + ", ".join(f"{n} {dtype}" for dtype, n in dtypes.items()),
         "files": ", ".join(files),
         "head": "tied to the input embedding" if is_tied(net) else "its own",
-        "tokenizer": present(folder, "tokenizer.json") or present(folder, "vocab.json", "merges.txt") or "none found",
+        "tokenizer": find_tokenizer(folder),
         "template": find_template(folder),
-        "pictures": "none" if family.image_token_id is None else f"placeholder id {family.image_token_id}",
+        "pictures": "taken" if "vision" in family.parts else "none",
         "LoRA targets": f"{', '.join(family.lora_targets)} in {', '.join(family.lora_parts)}",
         "weights, GiB": ", ".join(f"{gib:.2f} {quant}" for quant, gib in weight_gib(family, net).items()),
     }
@@ -82,6 +82,12 @@ def open_checkpoint(folder: Path):
 def present(folder: Path, *names: str) -> str | None:
     """The names joined, if the folder has all of these files."""
     return " + ".join(names) if all((folder / name).is_file() for name in names) else None
+
+
+def find_tokenizer(folder: Path) -> str:
+    """The tokenizer's files, in the order in which they are looked for (tokenizer.model is GLM's)."""
+    kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+    return next(filter(None, (present(folder, *names) for names in kinds)), "none found")
 
 
 def find_template(folder: Path) -> str:

@@ -9,7 +9,7 @@ a run). Costs sum(length^2) instead of T^2.
 """
 
 import functools
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -37,7 +37,7 @@ def segment_attention(
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # fp32 masters under autocast: rotated queries come as fp32
     plain = window is None and prefix is None and dropout == 0.0
-    if plain and query.dtype in (torch.bfloat16, torch.float16) and has_flash_attention(query.device):
+    if plain and fits_flash(query) and has_flash_attention(query.device):
         return varlen(query, key, value, lengths, causal, scale)
     runs = [(length, len(list(run))) for length, run in groupby(lengths)]
     pieces = (x.split([length * count for length, count in runs], dim=1) for x in (query, key, value))
@@ -46,6 +46,8 @@ def segment_attention(
         q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in piece)  # (n, H, L, K)
         if prefix is not None:
             k, v = (torch.cat([p.to(x).expand(count, -1, -1, -1), x], 2) for p, x in zip(prefix, (k, v), strict=True))
+        if q.is_cuda:  # SDPA's kernels for older cards and for masks take no grouped heads; what it falls back to holds (L, L)
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         mask = causal_mask(length, k.shape[2], window, q.device) if causal and needs_mask(length, window, prefix) else None
         out = sdpa(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scale,
@@ -68,6 +70,11 @@ def causal_mask(num_queries: int, num_keys: int, window: int | None, device: tor
     return seen & (keys > place - window) if window else seen
 
 
+def fits_flash(query: torch.Tensor) -> bool:
+    """Whether the varlen kernel takes such heads: 16-bit, of a multiple of 8 channels, 256 at most (SDPA pads them itself)."""
+    return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+
+
 @functools.cache
 def has_flash_attention(device: torch.device) -> bool:
     """Whether this device and this torch run the varlen kernel: cards from Ampere on."""
@@ -76,7 +83,10 @@ def has_flash_attention(device: torch.device) -> bool:
 
 @functools.cache
 def varlen_kernel():
-    """torch's varlen attention with the signature of 2.13, or None: other releases name its arguments otherwise."""
+    """torch's varlen attention, told to take grouped heads; None where its arguments are named otherwise (before 2.11).
+
+    The kernel takes grouped heads in every release. 2.12 and 2.13 refuse them unless told; 2.11 has no word for it.
+    """
     try:
         import inspect
 
@@ -84,18 +94,24 @@ def varlen_kernel():
     except ImportError:
         return None
     names = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"window_size", "scale", "enable_gqa"} <= set(names) else None
+    if not {"window_size", "scale"} <= set(names):
+        return None
+    return functools.partial(varlen_attn, enable_gqa=True) if "enable_gqa" in names else varlen_attn
+
+
+@functools.lru_cache(maxsize=16)
+def segment_ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """(n + 1,) where the segments begin and the last one ends. Every block of a row asks for the same, and each upload would
+    wait for all that the card has been asked for."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def varlen(query, key, value, lengths: list[int], causal: bool, scale: float) -> torch.Tensor:
     """One flash kernel over the whole row; the same shapes as segment_attention."""
-    ends = torch.tensor([0, *lengths], device=query.device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    ends, longest = segment_ends(tuple(lengths), query.device), max(lengths)
     q, k, v = (x.transpose(0, 1).contiguous() for x in (query, key, value))  # (T, H, K)
-    longest = max(lengths)
-    return varlen_kernel()(
-        q, k, v, ends, ends, longest, longest, scale=scale, window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    window = (-1, 0) if causal else (-1, -1)
+    return varlen_kernel()(q, k, v, ends, ends, longest, longest, scale=scale, window_size=window)
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, lengths=None, **kwargs):

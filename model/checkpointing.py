@@ -21,13 +21,13 @@ class _Checkpoint(torch.autograd.Function):
         ctx.device = x.device
         ctx.autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
         ctx.random = torch.get_rng_state(), torch.cuda.get_rng_state(x.device) if x.is_cuda else None
-        ctx.save_for_backward(x.to("cpu") if offload else x)
+        ctx.save_for_backward(to_host(x) if offload else x)
         with torch.no_grad():
             return function(x, *rest)
 
     @staticmethod
     def backward(ctx, grad):
-        x = ctx.saved_tensors[0].to(ctx.device).detach().requires_grad_(ctx.needs_input_grad[3])
+        x = ctx.saved_tensors[0].to(ctx.device, non_blocking=True).detach().requires_grad_(ctx.needs_input_grad[3])
         cuda = [ctx.device] if ctx.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), torch.enable_grad():
             torch.set_rng_state(ctx.random[0])
@@ -38,6 +38,11 @@ class _Checkpoint(torch.autograd.Function):
                 y = ctx.function(x, *ctx.rest)
         torch.autograd.backward(y, grad)
         return None, None, None, x.grad, *(None for _ in ctx.rest)
+
+
+def to_host(x: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory that the card writes by itself (pinned): neither it nor the fetch in backward stops the queue."""
+    return torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x, non_blocking=True)
 
 
 def checkpoint(function: Callable[..., torch.Tensor], x: torch.Tensor, *rest, offload: bool = False) -> torch.Tensor:

@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class Options:
     max_pixels: int | None = None
     tool_template: str = "none"
     labels: str = "ours"
+    image_cache: str | None = None
 
 
 class Family:
@@ -40,26 +42,25 @@ class Family:
     name = ""  # to define: the name that logs and `python -m model tiny` use
     model_types: tuple[str, ...] = ()  # to define: values of config.json's model_type that this family answers for
     prefixes: dict[str, str] = {}  # hub tensor name prefix -> module name prefix, longest first; {} = the same names
-    parts: dict[str, str] = {}  # to define: "language" | "projector" | "vision" -> module name prefix
+    parts: dict[str, str | tuple[str, ...]] = {}  # to define: "language" | "projector" | "vision" -> module name prefixes
     blocks: tuple[str, ...] = ()  # to define: module lists whose members are checkpointed
     quantized_parts: tuple[str, ...] = ("language",)  # parts whose linear layers --use_8bit and --use_4bit quantise
     lora_targets: tuple[str, ...] = ()  # to define: default target module names
     lora_parts: tuple[str, ...] = ("language",)  # parts that LoRA reaches by default
     tiny_tokens: tuple[str, ...] = ()  # to define: special tokens of the tokenizer that `python -m model tiny` makes
     tiny_template = ""  # to define: its chat template
-    opens_in_transformers = False  # whether transformers alone opens a checkpoint of it, under the module names used here
+    opens_in_transformers = ""  # the first release of transformers that has it under the module names used here, if any
     reference_learning_rate = 2e-4  # LoRA's usual rate at hidden size 2048; see learning_rate()
 
     def __init__(self, folder: str | Path, options: Options | None = None):
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json")
         self.options = options or Options()
-        self._tokenizer = None
 
     @classmethod
     def tiny_files(cls) -> dict[str, dict]:
         """To define: the JSON files of a tiny checkpoint in the hub's original form, config.json with it. Its keys
-        ..._token_id hold the token's text; model/tiny.py puts the ids there, and the vocabulary's size."""
+        ..._token_id (those of text_config too) hold the token's text; model/tiny.py puts the ids there, and vocab_size."""
         raise NotImplementedError(f"family {cls.name} has no tiny form")
 
     # ---- network ----------------------------------------------------------------------------------------------------
@@ -73,7 +74,8 @@ class Family:
         raise NotImplementedError(f"family {self.name} names no decoder")
 
     def embed(self, net: nn.Module, packed: Packed) -> torch.Tensor:
-        """Input embeddings of a packed row, pictures in their places: (T, D)."""
+        """Input embeddings of a packed row, pictures in their places: (T, D), or wider by what the decoder itself splits
+        off (features of a picture that join in later layers)."""
         return net.get_input_embeddings()(packed.input_ids)
 
     def decoder_positions(self, positions: torch.Tensor) -> torch.Tensor:
@@ -91,7 +93,8 @@ class Family:
 
     def part_of(self, module_name: str) -> str:
         """The part ("language", "projector", "vision") that a module or parameter belongs to: longest prefix wins."""
-        matching = [(len(p), part) for part, p in self.parts.items() if module_name == p or module_name.startswith(p + ".")]
+        prefixes = [(p, part) for part, some in self.parts.items() for p in ([some] if isinstance(some, str) else some)]
+        matching = [(len(p), part) for p, part in prefixes if f"{module_name}.".startswith(f"{p}.")]
         return max(matching)[1] if matching else "language"
 
     def learning_rate(self, full: bool) -> float:
@@ -111,13 +114,15 @@ class Family:
 
     # ---- text -------------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def tokenizer(self):
         """transformers' tokenizer of the checkpoint folder."""
-        if self._tokenizer is None:
-            self._tokenizer = self.load_tokenizer()
-            self.pieces = PieceTokenizer(self._tokenizer.backend_tokenizer)
-        return self._tokenizer
+        return self.load_tokenizer()
+
+    @cached_property
+    def pieces(self) -> PieceTokenizer:
+        """What render tokenizes its pieces with."""
+        return PieceTokenizer(self.tokenizer.backend_tokenizer)
 
     def load_tokenizer(self):
         """Read tokenizer.json as it stands, or build from vocab.json + merges.txt. Raises UserError for neither."""
@@ -194,7 +199,6 @@ class Family:
         return example
 
     def _encode(self, messages: list[dict], tools: list | None) -> Example:
-        self.tokenizer  # noqa: B018 - read at first use
         pictures = [self.picture(image) for image in images_of(messages)]
         pieces = self.render(messages, tools)
         pixels = self.join_pixels([tensors for tensors, _ in pictures])
@@ -225,18 +229,29 @@ class Family:
         """What of a generated text is the message's content: all of it, unless a template opens answers itself."""
         return text
 
+    def answer_start(self, example: Example) -> int:
+        """Where the last trained answer begins (the end, where there is none): the number of ids that generation feeds."""
+        trained = (example.labels != NO_LOSS).tolist()
+        if not any(trained):
+            return len(trained)
+        place = len(trained) - trained[::-1].index(True)
+        while place > 0 and trained[place - 1]:
+            place -= 1
+        return place
+
+    def prompt_of(self, example: Example) -> Example:
+        """An example up to its last trained answer, pictures included."""
+        end = self.answer_start(example)
+        return self.example(example.input_ids[:end], [NO_LOSS] * end, example.pixels)
+
     def encode_prompt(self, messages: list[dict], tools: list | None = None) -> Example:
         """What generation feeds: the ids that encode puts before the last answer (a last assistant turn is left out).
 
         Made by rendering an answer and cutting before it, so training and generation cannot disagree.
         """
         messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        full = self._encode([*messages, {"role": "assistant", "content": "x"}], tools)
-        last = full.labels != NO_LOSS
-        end = int(last.nonzero()[-1]) + 1
-        while end > 0 and last[end - 1]:
-            end -= 1
-        return self.example(full.input_ids[:end], [NO_LOSS] * end, full.pixels)
+        asked = [message | {"train": False} for message in messages]
+        return self.prompt_of(self._encode([*asked, {"role": "assistant", "content": "x"}], tools))
 
 
 class Model(nn.Module):

@@ -1,6 +1,7 @@
 """The JSON and tokenizer files of a model folder, read so that a broken one is named and none runs code."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises UserError naming the file."""
+def read_json(path: Path, needed: Sequence[str] = ()) -> dict:
+    """A JSON object from a file. Raises UserError naming the file, and what it lacks of the needed keys."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -21,6 +22,8 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}: not readable JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds {type(value).__name__} where a JSON object is expected")
+    if missing := [key for key in needed if key not in value]:
+        raise UserError(f"{path}: lacks {', '.join(missing)}; download it again")
     return value
 
 

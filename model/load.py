@@ -24,7 +24,14 @@ def load(folder: Path, quant: str | None, dtype, device, options: Options | None
         if quant not in QUANTS:
             raise UserError(f"quant {quant!r}: must be one of {', '.join(QUANTS)}, or None")
         quantize_linears(net, quantized_names(family, net), quant, dtype)
-    fill(net, family, Shards(folder), dtype, device)
+    try:
+        fill(net, family, Shards(folder), dtype, device)
+    except torch.OutOfMemoryError:
+        gib = torch.cuda.mem_get_info(device)[1] / 2**30
+        raise UserError(
+            f"{folder}: the weights alone do not fit on {device} ({gib:.1f} GiB, less what others hold of it); hold the model "
+            "in fewer bits (--use_lora with --use_8bit or --use_4bit), or free the card (nvidia-smi says who uses it)"
+        ) from None
     for module in net.modules():  # rotary tables and the like; they stay fp32 whatever the model's dtype
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -68,7 +68,8 @@ def write_byte_tokenizer(family_class: type[Family], folder: Path) -> None:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in family_class.tiny_tokens])
     backend.save(str(folder / "tokenizer.json"))
-    ids = family_class.tiny_files()["config.json"]
+    config = family_class.tiny_files()["config.json"]
+    ids = config | config.get("text_config", {})
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "additional_special_tokens": list(family_class.tiny_tokens),
@@ -85,13 +86,14 @@ def set_vocabulary(family: Family, vocab_size: int | None) -> None:
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     if vocab_size is not None and vocab_size < num_tokens:
         raise UserError(f"--vocab_size {vocab_size}: the tokenizer has {num_tokens} tokens; give at least as many")
-    known = tokenizer.get_vocab()
-    for key, token in config.items():
-        if isinstance(token, str) and key.endswith("_token_id"):
-            if token not in known:
-                raise UserError(f"the tokenizer lacks {token}, the {key} of {family.name}; give one of that family")
-            config[key] = known[token]
-    config["vocab_size"] = vocab_size or -(-num_tokens // 64) * 64
+    known, text = tokenizer.get_vocab(), config.get("text_config", config)
+    for part in (config, text):
+        for key, token in part.items():
+            if isinstance(token, str) and key.endswith("_token_id"):
+                if token not in known:
+                    raise UserError(f"the tokenizer lacks {token}, the {key} of {family.name}; give one of that family")
+                part[key] = known[token]
+    text["vocab_size"] = vocab_size or -(-num_tokens // 64) * 64
     write_json(family.folder / "config.json", config)
 
 

@@ -136,7 +136,8 @@ class Stage(sft.Stage):
                 "entropy": entropies[number] / example.num_supervised, "answer_tokens": float(example.num_supervised),
                 "stop_rate": float(reply.stopped), "sampling_seconds": sampled - started, "scoring_seconds": scored - sampled,
             } | {f"reward_{name}": float(scores[number][name]) for name in sorted(shared)}  # fmt: skip
-        self.write_samples(run, replies, examples)
+        if run.journal is not None:
+            self.write_samples(run, replies, examples)
         return [examples] * self.flags.num_iterations
 
     def sample(self, run: Any, questions: list[Question]) -> tuple[list["Reply"], list["Example"]]:

@@ -10,10 +10,10 @@ from conftest import shared
 from PIL import Image
 
 from data.dialect_browser import WINDOW, window_around
-from data.dialect_proxy_lite import TOOLS, expand, is_run
+from data.dialect_proxy_lite import TOOLS, expand
 from data.dialects import read_row
 from data.errors import UserError
-from data.images import open_image
+from data.images import image_size, open_image
 from data.records import open_records
 from data.turns import Problem, parts_of
 from eval.boxes import parse_boxes
@@ -89,6 +89,15 @@ def test_a_step_shows_what_the_agent_saw(steps):
     assert [tool["function"]["name"] for tool in steps[0].tools] == names
 
 
+def test_a_run_file_is_read_as_its_steps(tmp_path, steps):
+    """As the recorder leaves it: one indented json object a file, a folder of them."""
+    (tmp_path / "local_trajectories").mkdir()
+    (tmp_path / "local_trajectories" / "1b2f.json").write_text(json.dumps(make_run(), indent=2))
+    records = open_records(tmp_path / "local_trajectories")
+    assert [record.where for record in records] == [f"1b2f.json:{number}" for number in range(1, 5)]
+    assert [record.messages for record in records] == [record.messages for record in steps]
+
+
 def test_a_run_may_bring_its_tools(tmp_path):
     rows = expand(make_run() | {"tools": TOOLS[:2]})
     assert open_records(write_jsonl(tmp_path / "rows.jsonl", rows))[0].tools == TOOLS[:2]
@@ -120,7 +129,6 @@ def test_runs_without_actions(change, expected):
 
 
 def test_a_whole_run_as_a_row_is_refused_in_words(tmp_path):
-    assert is_run(make_run()) and not is_run({"run_id": "x"})
     with pytest.raises(UserError, match="a whole run in one row"):
         open_records(write_jsonl(tmp_path / "rows.jsonl", [make_run()]))
 
@@ -159,6 +167,20 @@ def test_a_mind2web_row(page):
     assert text["text"].startswith("Task: Book a table in Boston\n" + history)
     assert "Boston" not in text["text"].partition("\n")[2]  # the action to predict is not in the history
     assert answer["content"] == "TYPE Boston <box>(459,829),(531,904)</box>" and record.dialect == "Mind2Web"
+
+
+def test_a_mind2web_row_of_a_table_holds_its_page(page):
+    """As the hub has it: the screenshot is a column of pictures."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    picture = {"bytes": (page / "page.png").read_bytes(), "path": None}
+    write_table(pyarrow.Table.from_pylist([mind2web_row(screenshot=picture)]), page / "rows.parquet")
+    (record,) = open_records(page / "rows.parquet")
+    (expected,) = open_records(write_jsonl(page / "rows.jsonl", [mind2web_row()]))
+    assert record.messages[1] == expected.messages[1] and record.image_sizes == expected.image_sizes
+    shown, same = (open_image(row.messages[0]["content"][0]["image"]) for row in (record, expected))
+    assert shown.tobytes() == same.tobytes()
 
 
 @pytest.mark.parametrize("box", ["600,2480,90,40", "600,700,90,54", "0,1439,1280,2", "20,800,400,900", "-5,-5,30,30",
@@ -226,3 +248,29 @@ def test_a_row_of_each_agent_says_its_parts_once():
     first, second = (read_row(row, {}, size_of=lambda path: (1280, 2529)) for _ in range(2))
     assert first == second and json.dumps(row) == before
     assert [part["type"] for part in parts_of(first.messages[0]["content"])] == ["image", "text"]
+
+
+# ---- The real pictures ---------------------------------------------------------------------------------------------
+
+def test_every_real_picture_opens():
+    paths = [path for path in sorted(shared("samples").rglob("*")) if path.suffix in (".png", ".jpg")]
+    assert len(paths) > 15
+    for path in paths:
+        assert open_image(path).size == image_size(path)
+
+
+def test_cogagent_rows_with_real_pictures(tmp_path):
+    """Its documented record (two messages, the picture in the user's) and the picture named by the row, later turns too."""
+    first, second = (shared(f"samples/cogagent/app_{number}.png") for number in (1, 2))
+    task = {"role": "user", "content": "Task: open it\n(Platform: Mac)\n(Answer in Action-Operation-Sensitive format.)\n"
+                                       "History steps: \n"}
+    answer = {"role": "assistant", "content": "Action: Click it.\nGrounded Operation:CLICK(box=[[655,842,671,857]], "
+                                              "element_info='it')\n<<General Operation>>"}
+    rows = [{"messages": [task | {"image": str(first)}, answer]},
+            {"messages": [task, answer, task, answer], "image": str(second)}]
+    records = open_records(write_jsonl(tmp_path / "rows.jsonl", rows), image_root=first.parent)
+    assert records.dialects == {"CogAgent": 2} and sum(records.notes.values()) == 2  # the order of Platform and History
+    for record, path, place in zip(records, (first, second), (0, 2), strict=True):
+        picture, text = record.messages[place]["content"]
+        assert picture["image"] == str(path.resolve()) and text["text"] == task["content"]
+        assert record.image_sizes == [open_image(path).size] and record.messages[-1] == answer

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from data.batches import pack_row
-from model import load_model
+from model import attention, load_model
 from model.attention import segment_attention, varlen_kernel
 from model.checkpointing import checkpoint, checkpoint_blocks
 from model.head import negative_log_likelihood, per_token
@@ -67,6 +67,41 @@ def test_varlen_kernel_equals_segments(causal):
     ours = segment_attention(q, k, v, lengths, causal=causal, scale=0.125)
     theirs = dense_attention(*(x.double().cpu() for x in (q, k, v)), lengths, causal, 0.125, None, None)
     torch.testing.assert_close(ours.double().cpu(), theirs, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("release", ["2.10", "2.11", "2.13"])
+def test_the_kernel_is_called_as_each_release_of_torch_wants(monkeypatch, release):
+    """On a card the row's segments go to torch's varlen_attn; its arguments are those of the release's own signature."""
+
+    def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size):
+        assert cu_seq_q.tolist() == cu_seq_k.tolist() == [0, 9, 39, 40] and cu_seq_q.dtype == torch.int32
+        assert (max_q, max_k) == (30, 30)
+        q, k, v = (x.transpose(0, 1).float() for x in (query, key, value))
+        return dense_attention(q, k, v, [9, 30, 1], window_size == (-1, 0), scale, None, None).to(query.dtype)
+
+    def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        raise AssertionError("cannot be told a scale")
+
+    def varlen_2_11(q, k, v, sq, sk, mq, mk, *, return_aux=None, scale=None, window_size=(-1, -1)):
+        return attend(q, k, v, sq, sk, mq, mk, scale, window_size)
+
+    def varlen_2_13(q, k, v, sq, sk, mq, mk, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert enable_gqa or q.shape[1] == k.shape[1]
+        return attend(q, k, v, sq, sk, mq, mk, scale, window_size)
+
+    kernel = {"2.10": varlen_2_10, "2.11": varlen_2_11, "2.13": varlen_2_13}[release]
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    attention.varlen_kernel.cache_clear()
+    monkeypatch.setattr(attention, "has_flash_attention", lambda device: attention.varlen_kernel() is not None)
+    try:
+        assert (attention.varlen_kernel() is None) == (release == "2.10")
+        for key_heads, size, causal in ((2, 64, True), (8, 64, False), (2, 20, True)):  # 20 channels fit no flash kernel
+            q, k, v = (torch.randn(h, 40, size).bfloat16() for h in (8, key_heads, key_heads))
+            ours = segment_attention(q, k, v, [9, 30, 1], causal=causal, scale=0.125)
+            theirs = dense_attention(q.double(), k.double(), v.double(), [9, 30, 1], causal, 0.125, None, None)
+            torch.testing.assert_close(ours.double(), theirs, atol=2e-2, rtol=0)
+    finally:
+        attention.varlen_kernel.cache_clear()
 
 
 # ---- neighbours -----------------------------------------------------------------------------------------------------

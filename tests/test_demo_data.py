@@ -5,11 +5,13 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from data import demo
+from data.errors import UserError
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -19,6 +21,11 @@ def read_rows(path: Path) -> list[dict]:
 def digest(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def corner_of(answer: str) -> tuple[int, int]:
+    left, top, _, _ = demo.parse_box(answer)
+    return left - 2, top - 2
 
 
 def pixels_of(rows: list[dict], folder: Path) -> set[bytes]:
@@ -83,6 +90,38 @@ def test_the_new_task_has_its_buttons_where_the_old_one_has_none():
     assert new.words == base.words
 
 
+def test_the_demos_rows_hold_both_tasks_and_the_held_out_rows_one_each(tmp_path):
+    train, new, old = map(read_rows, demo.make_demo(tmp_path, 60, seed=1))
+    assert (len(train), len(new), len(old)) == (80, 200, 200) and len({row["id"] for row in train + new + old}) == 480
+    pixels = [pixels_of(rows, tmp_path) for rows in (train, new, old)]
+    assert sum(map(len, pixels)) == len(set.union(*pixels)) == 480
+    between = [{corner_of(turn["content"]) in demo.BETWEEN for row in rows for turn in row["messages"][1::2]
+                if demo.parse_box(turn["content"])} for rows in (train, new, old)]
+    assert between == [{True, False}, {True}, {False}]
+    assert len(read_rows(demo.make_demo(tmp_path, 6, seed=1)[0])) == 8  # a second call starts anew
+
+
+def test_the_command_writes_the_rows_of_the_demo_itself(tmp_path, capsys, monkeypatch):
+    import importlib
+
+    monkeypatch.setattr("sys.argv", ["data", "demo", "--rows", "4", "--seed", "2", "--output_dir", str(tmp_path / "command")])
+    importlib.import_module("data.__main__").main()
+    monkeypatch.setattr(demo, "NUM_ROWS", 4)
+    config = SimpleNamespace(output_dir=str(tmp_path / "demo"), seed=2)
+    demo.prepare(config)
+    assert digest(tmp_path / "command" / "rows") == digest(tmp_path / "demo" / "rows")
+    assert f"--data_path {tmp_path}/command/rows/train.jsonl" in capsys.readouterr().out
+    assert [Path(path).name for path in config.eval_path.split(",")] == ["demo.jsonl", "old.jsonl"]
+
+
+def test_no_rows_are_refused_in_a_sentence(tmp_path):
+    import importlib
+
+    with pytest.raises(UserError, match="--rows 0: at least one row"):
+        importlib.import_module("data.__main__").write_rows(tmp_path / "rows", 0, 1)
+    assert not (tmp_path / "rows").exists()
+
+
 def test_no_question_of_a_screen_gives_away_the_answer_to_another():
     source, task = random.Random(0), replace(demo.TASKS["base"], num_questions=9)
     for _ in range(100):
@@ -131,11 +170,11 @@ def test_the_base_is_made_by_a_command_of_the_project(monkeypatch, tmp_path, cap
     door = importlib.import_module("data.__main__")
     monkeypatch.setattr(door, "LESSONS", [door.Lesson("cell", 2, 4, 1e-3)])
     monkeypatch.setattr(door, "HELD_OUT", 4)
-    door.make_base(tmp_path, 1.0, "cpu")
+    door.make_base(SimpleNamespace(output_dir=str(tmp_path), device="cpu"))
     assert "step 2/2" in capfd.readouterr().out
     from model import load_model
 
     model, family = load_model(tmp_path / "1-cell" / "model")
     assert sum(p.numel() for p in model.net.parameters()) == 1_600_192
-    door.make_base(tmp_path, 1.0, "cpu")
+    door.make_base(SimpleNamespace(output_dir=str(tmp_path), device="cpu"))
     assert "step" not in capfd.readouterr().out

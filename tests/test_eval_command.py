@@ -12,12 +12,13 @@ from PIL import Image
 
 from data.records import open_records
 from eval import __main__ as door
-from eval.evaluate import answer_start, evaluate, label_of, prompt_of
+from eval.evaluate import evaluate, label_of
 from eval.subject import open_subject
 from eval.tasks import Task, find_task
 from lora.adapter import Settings, attach
 from lora.files import save_adapter
 from model import load_model
+from model.family import Options, families, find_family
 from model.tiny import write_tiny
 from stages import sft
 
@@ -96,15 +97,30 @@ def test_prompts_and_labels_are_what_training_sees(place):
         ([*record.messages, {"role": "assistant", "content": " twice\n"}], " twice\n"),
     ):
         example = family.encode(messages)
-        prompt, expected = prompt_of(family, example), family.encode_prompt(messages)
+        prompt, expected = family.prompt_of(example), family.encode_prompt(messages)
         assert torch.equal(prompt.input_ids, expected.input_ids)
         assert torch.equal(prompt.positions, expected.positions)
         assert all(torch.equal(prompt.pixels[name], expected.pixels[name]) for name in expected.pixels)
-        assert answer_start(example) == len(expected)
+        assert family.answer_start(example) == len(expected)
         assert label_of(family, example) == label
     family.options.tool_template = "qwen"
     example = family.encode([text, {"role": "assistant", "content": "so", "tool_calls": calls}], [TOOL])
     assert label_of(family, example) == 'so\n<tool_call>\n{"name": "click", "arguments": {"mark_id": 3}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("labels", ["ours", "official"])
+@pytest.mark.parametrize("name", [f.name for f in families()])
+def test_prompts_of_every_family_and_recipe(place, tmp_path, name, labels):
+    """Evaluation asks with the ids of encode_prompt, and the label is the answer's text, whatever carries a loss."""
+    write_tiny(name, tmp_path / name)
+    family = find_family(tmp_path / name, Options(labels=labels))
+    picture = [{"type": "image", "image": str(place / "1.png")}] if "vision" in family.parts else []
+    asked = [{"role": "user", "content": [*picture, {"type": "text", "text": "where?"}]}]
+    more = [{"role": "assistant", "content": "at 1 2"}, {"role": "user", "content": "sure?"}]
+    for question in (asked, asked + more):
+        example = family.encode([*question, {"role": "assistant", "content": "yes"}])
+        assert torch.equal(family.prompt_of(example).input_ids, family.encode_prompt(question).input_ids)
+        assert label_of(family, example).removesuffix("\n") == "yes"
 
 
 def test_a_row_with_a_problem_is_listed_and_takes_no_other_rows_score(place, tmp_path):

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-FLOORS = {"data": 1, "model": 2, "training": 3, "lora": 3, "eval": 4, "stages": 5, "train": 6, "bench": 6, "tests": 7}
+FLOORS = {"data": 1, "model": 2, "training": 3, "lora": 3, "eval": 4, "stages": 5, "train": 6, "bench": 7, "tests": 8}
 HEART = [
     "train.py", "model/family.py", "model/attention.py", "model/head.py", "model/checkpointing.py", "model/shards.py",
     "model/quantize.py", "data/labels.py", "data/batches.py", "lora/merge.py", "training/precision.py",
     "training/checkpoint.py",
 ]  # fmt: skip
-HEART_LINES = 1650  # that are not blank
+HEART_LINES = 1700  # that are not blank
 FILE_LINES, FUNCTION_LINES, NESTING = 400, 90, 5
 
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if not any(part.startswith(".") for part in p.relative_to(ROOT).parts))

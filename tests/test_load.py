@@ -17,37 +17,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.real_size import QWEN_05B, QWEN_VL_3B
 from data.errors import UserError
 from model import load_model, load_tokenizer, save_model
-from model.family import find_family
+from model.family import families, find_family
 from model.files import read_json
 from model.load import build_on_meta, expected_tensors, is_tied, quantized_names
+from model.quantize import dequantize, is_quantized
 from model.shards import INDEX, SINGLE, Shards
 from model.tiny import write_tiny
 
 FAMILIES = ["qwen2", "qwen2_5_vl"]
 
-QWEN_05B = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 896,
-    "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 24, "num_attention_heads": 14,
-    "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": 32768,
-    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_sliding_window": False, "vocab_size": 151936,
-    "bos_token_id": 151643, "eos_token_id": 151643,
-}
-VISION = {
-    "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3,
-    "out_hidden_size": 2048, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
-    "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2,
-}
-QWEN_VL_3B = {
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_act": "silu",
-    "hidden_size": 2048, "intermediate_size": 11008, "max_position_embeddings": 128000, "max_window_layers": 70,
-    "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "sliding_window": 32768,
-    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_sliding_window": False, "vocab_size": 151936,
-    "bos_token_id": 151643, "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
-    "vision_token_id": 151654, "image_token_id": 151655, "video_token_id": 151656, "vision_config": VISION,
-}
+VISION = QWEN_VL_3B["vision_config"]
 QWEN_VL_7B = QWEN_VL_3B | {
     "hidden_size": 3584, "intermediate_size": 18944, "max_window_layers": 28, "num_attention_heads": 28,
     "num_hidden_layers": 28, "num_key_value_heads": 4, "tie_word_embeddings": False, "vocab_size": 152064,
@@ -270,6 +252,34 @@ def test_quantised_model_is_not_saved(tiny, tmp_path):
     assert not (tmp_path / "saved").exists()
     with pytest.raises(UserError, match="8bit, 4bit"):
         load_model(tiny, quant="3bit")
+
+
+def test_weights_that_do_not_fit_the_card_are_a_sentence(tiny, monkeypatch):
+    def refuse(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("model.load.fill", refuse)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 24 * 2**30))
+    refused(tiny, "do not fit", "24.0 GiB", "--use_4bit")
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_an_8bit_layer_is_the_layer_with_its_dequantised_weight(tiny, compute):
+    """In training and in eval mode, outputs and gradients; and nothing of its input stays behind."""
+    model, _ = load_model(tiny, quant="8bit", dtype="float32")
+    layer = next(m for m in model.net.modules() if is_quantized(m))
+    x = torch.randn(3, 5, layer.in_features, requires_grad=True)
+    kept = []
+    with torch.autocast("cpu", compute, enabled=compute != torch.float32):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            ours = layer.train()(x)
+        theirs = torch.nn.functional.linear(x, dequantize(layer), layer.bias)
+        assert not kept and ours.dtype == compute and torch.equal(ours, layer.eval()(x))
+    tolerance = 1e-6 if compute == torch.float32 else 1e-2
+    assert (ours - theirs).norm() < tolerance * theirs.norm()
+    upstream = torch.randn_like(theirs)
+    found, wanted = (torch.autograd.grad((out * upstream).sum(), x)[0] for out in (ours, theirs))
+    assert found.dtype == torch.float32 and (found - wanted).norm() < tolerance * wanted.norm()
 
 
 class LiveBytes(TorchDispatchMode):
@@ -553,6 +563,19 @@ def test_commands(tiny, tmp_path, capsys):
     assert base == copy
     with pytest.raises(UserError, match="not an empty folder"):
         main(["save_initial", "--base_model", str(tiny), "--output_dir", str(tmp_path / "initial")])
+
+
+@pytest.mark.parametrize("name", [family.name for family in families()])
+def test_inspect_needs_no_tokenizer(name, tmp_path, capsys):
+    from model.__main__ import main
+
+    write_tiny(name, tmp_path / "model")
+    for path in (tmp_path / "model").glob("tokenizer*"):
+        path.unlink()
+    main(["inspect", str(tmp_path / "model")])
+    printed = capsys.readouterr().out
+    assert f"{name} (" in printed and "none found" in printed
+    assert ("pictures      taken" in printed) == (name not in ("qwen2", "qwen3"))
 
 
 def test_wrong_commands_end_in_one_sentence(tmp_path):

@@ -198,6 +198,25 @@ def test_the_driver_is_read_from_proc(monkeypatch, tmp_path):
     assert memory.find_driver() == "580.65.06"
 
 
+@pytest.mark.parametrize("fraction, reserved, expected", [(1.0, 0, 10.5), (1.0, 10, 20.5), (0.5, 10, 12.5), (1.0, 14, 24.0)])
+def test_free_memory_of_a_card_keeps_to_what_torch_may_reserve(monkeypatch, fraction, reserved, expected):
+    """A card of 24 GiB with 10 free; the context is the driver's, and torch's limit does not count it."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved * GIB)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+    assert memory.free_gib(torch.device("cuda:0")) == pytest.approx(expected)
+
+
+def test_the_card_that_is_asked_for_becomes_the_current_one(monkeypatch):
+    """Random state and libraries follow the current card: with --device cuda:1 that must not be the first."""
+    current = []
+    for name, value in (("is_available", True), ("device_count", 2), ("get_device_capability", (8, 9)),
+                        ("get_arch_list", ["sm_86"])):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments, value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert memory.check_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
+
+
 def test_this_machine():
     cpu = torch.device("cpu")
     assert 0.05 < memory.peak_gib(cpu) < memory.free_gib(cpu) + memory.peak_gib(cpu)

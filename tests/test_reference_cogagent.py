@@ -194,7 +194,7 @@ def test_real_tokenizer(real):
 
 def test_real_chats(real):
     official = find_family(real.folder, OFFICIAL)
-    official._tokenizer, official.pieces = real.tokenizer, real.pieces  # reading takes seconds
+    official.tokenizer, official.pieces = real.tokenizer, real.pieces  # reading takes seconds
     for chat in json.loads((real.folder / "golden_tokenizer.json").read_text())["chat"]:
         messages = []
         for message in chat["messages"]:

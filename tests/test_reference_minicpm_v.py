@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_reference import FOLDERS, KINDS, check_norms, folders, golden, load, mean_loss
 
+from bench.real_size import MINICPM_V
 from data.batches import pack_row
 from data.dialects import read_row
 from data.errors import UserError
@@ -298,17 +299,7 @@ def test_ids_of_the_real_tokenizer(folder, tmp_path):
 
 
 def test_real_size_on_meta(tmp_path):
-    config = {
-        "model_type": "minicpmv", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0, "rope_scaling": None, "max_position_embeddings": 8192, "query_num": 96,
-        "tie_word_embeddings": False, "drop_vision_last_layer": False,
-        "vision_config": {
-            "hidden_size": 1152, "image_size": 980, "intermediate_size": 4304, "num_attention_heads": 16,
-            "num_hidden_layers": 27, "patch_size": 14, "model_type": "idefics2",
-        },
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(MINICPM_V))
     family = find_family(tmp_path)
     net = build_on_meta(family)
     sizes = Counter()
@@ -323,7 +314,7 @@ def test_real_size_on_meta(tmp_path):
     assert tensors["resampler.attn.out_proj.weight"] == tensors["resampler.proj"] == (4096, 4096)
     assert tensors["vpm.embeddings.position_embedding.weight"] == (4900, 1152)
     assert net.llm.config.rope_parameters["rope_theta"] == 500000.0
-    (tmp_path / "config.json").write_text(json.dumps(config | {"drop_vision_last_layer": True}))
+    (tmp_path / "config.json").write_text(json.dumps(MINICPM_V | {"drop_vision_last_layer": True}))
     assert len(build_on_meta(find_family(tmp_path)).vpm.encoder.layers) == 26
 
 

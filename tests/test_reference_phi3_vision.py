@@ -16,6 +16,7 @@ from conftest import shared
 from PIL import Image
 from test_reference import FOLDERS, KINDS, check_norms, folders, golden, grad_norms, load, mean_loss
 
+from bench.real_size import PHI3_VISION
 from data.batches import pack_row
 from data.errors import UserError
 from data.labels import MARKS, NO_LOSS
@@ -359,21 +360,8 @@ def test_quantised_language_model_trains(tiny, quant):
     assert all(layer.lora_B["default"].weight.grad.any() for layer in lora_layers(model.net).values())
 
 
-REAL = {
-    "model_type": "phi3_v", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "hidden_act": "silu", "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "rope_theta": 10000.0,
-    "rope_scaling": {"type": "su", "short_factor": [1.05] * 48, "long_factor": [1.03] * 48}, "sliding_window": 131072,
-    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "_attn_implementation": "flash_attention_2",
-    "embd_layer": {"embedding_cls": "image", "hd_transform_order": "sub_glb", "projection_cls": "mlp",
-                   "use_hd_transform": True, "with_learnable_separator": True},
-    "img_processor": {"image_dim_out": 1024, "model_name": "openai/clip-vit-large-patch14-336",
-                      "name": "clip_vision_model", "num_img_tokens": 144},
-}  # fmt: skip
-
-
 def test_real_size(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(REAL))
+    (tmp_path / "config.json").write_text(json.dumps(PHI3_VISION))
     family = find_family(tmp_path)
     net = build_on_meta(family)
     shapes = expected_tensors(family, net)
@@ -452,7 +440,7 @@ def test_pictures_of_every_mode_are_converted_as_the_original_does(real_tokenize
 
 
 def test_long_thin_pictures(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(REAL))
+    (tmp_path / "config.json").write_text(json.dumps(PHI3_VISION))
     rule = {"num_crops": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(rule))
     family = find_family(tmp_path)

@@ -110,6 +110,17 @@ def test_odd_characters_do_not_stop_the_report(tmp_path):
     assert "\u00e9\u4e2d" in read(tmp_path, report)[1].text
 
 
+def test_each_held_out_set_has_a_colour_of_its_own(tmp_path):
+    run(tmp_path)
+    report = read_report(tmp_path)
+    report.journal += [{"event": "eval", "step": 0, "set": name, "eval_loss": 1.0} for name in ("new", "old")]
+    styles = [attributes["class"] for tag, attributes in read(tmp_path, report)[1].tags if tag == "polyline"]
+    sets = styles[2:5]  # after the loss of each step and its smoothed curve
+    assert len(set(sets)) == 3 and not set(sets) & set(styles[:2])
+    style = re.search(r"<style>(.*?)</style>", read(tmp_path, report)[0], re.S)[1]
+    assert all(f".{name.split()[-1]} {{ stroke:" in style for name in sets)
+
+
 def test_curves_mark_skipped_steps_and_leave_them_out(tmp_path):
     run(tmp_path)
     text, page_read = read(tmp_path)

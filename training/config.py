@@ -34,11 +34,13 @@ class Config:
     use_8bit: bool = option(False, "hold the frozen base in 8 bits; slower than bf16, about half the memory")
     use_4bit: bool = option(False, "hold the frozen base in 4 bits (NF4, double-quantised); about a quarter")
     # Data
-    data_path: str | None = option(None, "training rows: a .json or .jsonl file", shown="FILE", group="Data")
-    eval_path: str | None = option(None, "rows to evaluate on, before, while and after training; files separated by commas",
-                                  shown="FILE", steers=False)
+    data_path: str | None = option(None, "training rows: a .json, .jsonl, .csv or .parquet file, a folder of them, "
+                                   "ORG/NAME[:SPLIT] of the hub, or several, with how often an epoch sees each: "
+                                   "a.json*2,b.jsonl*0.5", shown="ROWS", group="Data")
+    eval_path: str | None = option(None, "rows to evaluate on, before, while and after training; as data_path, and each "
+                                  "entry is a set of its own", shown="ROWS", steers=False)
     eval_split: float = option(0.0, "without eval_path, rows of data_path held out: a share below 1, or their number")
-    test_path: str | None = option(None, "rows answered once, at the end of the run", shown="FILE", steers=False)
+    test_path: str | None = option(None, "rows answered once, at the end of the run; as data_path", shown="ROWS", steers=False)
     image_root: str | None = option(None, "folder that picture paths are relative to and may not leave; "
                                     "default: the folder of the rows", shown="DIR", steers=False)
     allow_outside_images: bool = option(False, "open pictures outside image_root too", steers=False)
@@ -57,6 +59,8 @@ class Config:
     max_pixels: int | None = option(None, "pixels of one picture at most, larger ones are shrunk; default: the model's",
                                     low=1)
     num_workers: int = option(2, "processes that open pictures", steers=False)
+    image_cache: str | None = option(None, "folder that keeps resized pictures: opened faster from the second pass on, for "
+                                     "about 0.5 MB each", shown="DIR", steers=False)
     # What is trained
     use_lora: bool = option(False, "train an adapter (of peft_type) on a frozen base instead of all weights",
                             group="What is trained")
@@ -115,6 +119,9 @@ class Config:
     device: str = option("auto", "auto: the CUDA card if there is one", words="auto cpu cuda", steers=False)
     resume: str = option("no", "yes (newest checkpoint), a step number or a checkpoint folder", shown="yes|STEP|DIR",
                          steers=False, recorded=False)
+    replay_step: int | None = option(None, "run the batch of that step of the run in output_dir again, row by row, without "
+                                     "an update; its settings are read from the folder", low=1, steers=False,
+                                     recorded=False)
     force: bool = option(False, "start although the plan says that the memory will not do", steers=False, recorded=False)
     demo: bool = option(False, "the built-in task, as without any argument", steers=False)
     config: str | None = option(None, "YAML file of these settings; flags win over it", shown="FILE", steers=False,
@@ -189,7 +196,11 @@ def read_config(argv: list[str], stages: dict[str, type], demo: dict[str, Any] |
     UserError for anything that is not known, not possible, or said twice and differently.
     """
     flags = read_flags(argv, stages) if argv else [Said("no arguments", "demo", True)]
-    path = next((said.value for said in reversed(flags) if said.key == "config"), None)
+    last_said = {said.key: said.value for said in flags}
+    path = last_said.get("config")
+    own = os.path.join(last_said.get("output_dir", ""), "run.yaml")
+    if "replay_step" in last_said and path is None and os.path.exists(own):
+        path = own
     lines = read_yaml(path, NESTS) if path else []
     stage = next((said for said in reversed(lines + flags) if said.key == "stage"), Said("--stage", "stage", "sft"))
     if stage.value not in list(stages):

@@ -156,7 +156,8 @@ def free_gib(device: "torch.device") -> float:
     if device.type == "cuda":
         import torch
         free, total = torch.cuda.mem_get_info(device)
-        return min(total, free + torch.cuda.memory_reserved(device) + CUDA_CONTEXT_GIB * GIB) / GIB
+        allowed = torch.cuda.get_per_process_memory_fraction(device) * total  # what torch may reserve, if someone has set it
+        return min(total, min(free + torch.cuda.memory_reserved(device), allowed) + CUDA_CONTEXT_GIB * GIB) / GIB
     available = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and limit.read_text().strip().isdecimal():  # a container's own, below the machine's
@@ -260,4 +261,5 @@ def check_device(device: str) -> "torch.device":
     if not supports_card(torch.cuda.get_device_capability(chosen), torch.cuda.get_arch_list()):
         raise UserError(f"this torch has no code for the {torch.cuda.get_device_name(chosen)}: install its build "
                         "cu126 (pytorch.org, Get Started), or pass --device cpu.")
+    torch.cuda.set_device(chosen)  # the card whose random state is saved, and that libraries without a device argument take
     return chosen

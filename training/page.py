@@ -54,7 +54,8 @@ figcaption b { color: var(--text); margin-right: .6rem }
 .key svg { display: inline-block; width: 26px; height: 10px; margin-right: .35rem }
 .chart text { fill: var(--dim); font-size: 13px } .grid-line { stroke: var(--grid) } .axis { stroke: var(--dim) }
 .curve { fill: none; stroke-width: 2; stroke-linejoin: round } .faint { opacity: .4; stroke-width: 1 }
-.blue, .faint { stroke: var(--blue) } .orange { stroke: var(--orange) } .mark { fill: var(--red) }
+.blue, .faint { stroke: var(--blue) } .orange { stroke: var(--orange) } .green { stroke: var(--green) }
+.magenta { stroke: var(--magenta) } .mark { fill: var(--red) }
 .level { stroke: var(--magenta); stroke-width: 2; stroke-dasharray: 6 4 }
 .shot { position: relative; line-height: 0; margin-bottom: .8rem } .shot img { width: 100%; border-radius: 4px }
 .shot svg { position: absolute; inset: 0; height: 100% } .box { fill: none; vector-effect: non-scaling-stroke }

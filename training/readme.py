@@ -6,7 +6,7 @@ from typing import Any
 
 def write_readme(folder: Path, config: Any, family: Any) -> None:
     """Write the file. config is training.config.Config, family the model's."""
-    picture = family.image_token_id is not None
+    picture = "vision" in family.parts
     sections = [f"# {folder.name}", made_by(config), ask(folder, picture)]
     sections.append(adapter(folder, config, family) if config.use_lora else whole_model(folder, family))
     sections.append(limits(config, family))
@@ -51,9 +51,10 @@ def in_python(base: str, folder: Path, family: Any) -> str:
             "The adapter names the modules of the model's ORIGINAL code. With that code loaded as `model`:\n\n```python\n"
             f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, "{folder}/adapter")\n```'
         )
-    auto = "AutoModelForCausalLM" if family.image_token_id is None else "AutoModelForImageTextToText"
+    auto = "AutoModelForImageTextToText" if "vision" in family.parts else "AutoModelForCausalLM"
     return (
-        f"transformers >= 4.52:\n\n```python\nfrom peft import PeftModel\nfrom transformers import {auto}\n\n"
+        f"transformers >= {family.opens_in_transformers}:\n\n```python\n"
+        f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
         f'model = {auto}.from_pretrained("{base}", dtype="bfloat16")\n'
         f'model = PeftModel.from_pretrained(model, "{folder}/adapter")\n```'
     )

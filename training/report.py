@@ -18,6 +18,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -148,7 +149,8 @@ def curves(report: Report) -> str:
         return [(record["step"], record[key]) for record in taken if key in record]
 
     def beside_held_out(title: str, key: str) -> str:
-        held_out = [(name, "curve orange", points) for name, points in _evaluated(report, key).items()]
+        sets = zip(_evaluated(report, key).items(), cycle(("orange", "green", "magenta")))
+        held_out = [(name, f"curve {colour}", points) for (name, points), colour in sets]
         step_by_step = [("step", "curve faint", curve(key)), ("smoothed", "curve blue", smooth(curve(key)))]
         return chart(title, step_by_step + held_out, skipped)
 

@@ -23,8 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data.batches import Packed
 from data.errors import UserError
-from data.images import open_image
-from data.labels import NO_LOSS, Example
+from data.images import open_resized
+from data.labels import Example
 from model.attention import segment_attention
 from model.family import Family
 from model.glm_tokenizer import ASSISTANT, END, FILE, PICTURE, STOPS, TOKENS, read_glm_tokenizer, render_chat
@@ -346,18 +346,15 @@ class CogAgent(Family):
 
     @property
     def stop_ids(self) -> list[int]:
-        self.tokenizer  # noqa: B018 - read at first use
         return [self.pieces.special[token] for token in STOPS]
 
     def render(self, messages: list[dict], tools: list | None) -> list[tuple[list[int], bool]]:
-        self.tokenizer  # noqa: B018 - read at first use
         return render_chat(messages, tools, self.pieces, official=self.options.labels == "official")
 
-    def encode_prompt(self, messages: list[dict], tools: list | None = None) -> Example:
-        """Ends with <|assistant|>, after which the model itself writes the line end, whichever tokens are trained."""
-        prompt = super().encode_prompt([message | {"train": False} for message in messages], tools)
-        ids = prompt.input_ids.tolist() + [self.pieces.special[ASSISTANT]] * (self.options.labels == "official")
-        return self.example(ids, [NO_LOSS] * len(ids), prompt.pixels)
+    def answer_start(self, example: Example) -> int:
+        """Behind <|assistant|>, after which the model itself writes the line end, whichever tokens are trained."""
+        start = super().answer_start(example)
+        return start + int(self.pieces.special[ASSISTANT] in example.input_ids[start : start + 1])
 
     def answer_text(self, text: str) -> str:
         """Without the line end of the (empty) line that follows <|assistant|>: encoded again, it would stand there twice."""
@@ -367,7 +364,9 @@ class CogAgent(Family):
 
     def picture(self, image: Any) -> tuple[dict[str, torch.Tensor], int]:
         size = self.seen_size(0, 0)  # the same for all
-        pixels = numpy.asarray(open_image(image, over_white=False).resize(size, Image.Resampling.BICUBIC))  # (S, S, 3) bytes
+        cache = self.options.image_cache
+        (resized,) = open_resized(image, [size], Image.Resampling.BICUBIC, over_white=False, cache=cache)
+        pixels = numpy.asarray(resized)  # (S, S, 3) bytes
         levels = numpy.arange(256, dtype=numpy.float32) / 255  # a byte has 256 values: normalised once, looked up
         tables = [(levels - numpy.float32(mean)) / numpy.float32(std) for mean, std in zip(MEAN, STD, strict=True)]
         images = numpy.stack([table[pixels[..., channel]] for channel, table in enumerate(tables)])  # (3, S, S)

@@ -24,7 +24,7 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddi
 
 from data.batches import Packed
 from data.errors import UserError
-from data.images import open_image
+from data.images import image_size, open_resized
 from data.labels import NO_LOSS, Example, mask
 from model.families.qwen2 import joined
 from model.family import Family, Model, expand_pictures, images_of
@@ -288,7 +288,6 @@ class MiniCPMLlama3V(Family):
     def render(self, messages: list[dict], tools: list | None) -> list[tuple[list[int], bool]]:
         """The makers' training template (the folder's own opens an answer behind every conversation, and they do not train
         with it). Pictures in front of all text stand on lines of their own, others where the row has them."""
-        self.tokenizer  # noqa: B018 - read at first use
         if tools or any(m.get("tool_calls") or m["role"] == "tool" for m in messages):
             raise UserError("MiniCPM-V 2.5 has no template for tools; write them into the text of the turns")
         pieces = [([self.pieces.special[BEGIN]], False)]
@@ -327,12 +326,10 @@ class MiniCPMLlama3V(Family):
 
     @property
     def stop_ids(self) -> list[int]:
-        self.tokenizer  # noqa: B018 - read at first use
         return [self.pieces.special[STOP], self.pieces.special[END]]
 
     @property
     def image_token_id(self) -> int:
-        self.tokenizer  # noqa: B018 - read at first use
         return self.pieces.special[IMAGE]
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
@@ -340,9 +337,7 @@ class MiniCPMLlama3V(Family):
     @cached_property
     def rule(self) -> dict:
         """How pictures are sliced and normalised; slicing goes by config.json's slice_config where it says anything."""
-        raw = read_json(self.folder / "preprocessor_config.json")
-        if missing := [name for name in ("norm_mean", "norm_std") if name not in raw]:
-            raise UserError(f"{self.folder}/preprocessor_config.json: lacks {', '.join(missing)}; download it again")
+        raw = read_json(self.folder / "preprocessor_config.json", ("norm_mean", "norm_std"))
         rule = {"scale_resolution": 448, "max_slice_nums": 1} | raw | (self.config.get("slice_config") or {})
         rule["patch_size"] = self.config["vision_config"]["patch_size"]
         limit, area = self.options.max_pixels, rule["scale_resolution"] ** 2
@@ -367,11 +362,11 @@ class MiniCPMLlama3V(Family):
         return grid or (0, 0), overview, cell
 
     def picture(self, image: Any) -> tuple[dict[str, torch.Tensor], int]:
-        image = open_image(image, over_white=False)
-        grid, overview, (width, height) = self.plan(*image.size)
-        slices = [image.resize(overview, Image.Resampling.BICUBIC)]
+        grid, overview, (width, height) = self.plan(*image_size(image))
+        sizes = [overview] if grid == (0, 0) else [overview, (grid[0] * width, grid[1] * height)]
+        slices = open_resized(image, sizes, Image.Resampling.BICUBIC, over_white=False, cache=self.options.image_cache)
         if grid != (0, 0):
-            whole = image.resize((grid[0] * width, grid[1] * height), Image.Resampling.BICUBIC)
+            whole = slices.pop()
             corners = [(x * width, y * height) for y in range(grid[1]) for x in range(grid[0])]
             slices += [whole.crop((x, y, x + width, y + height)) for x, y in corners]
         patch = self.rule["patch_size"]

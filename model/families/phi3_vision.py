@@ -26,7 +26,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from data.batches import Packed, pack_row
 from data.errors import UserError
-from data.images import open_image
+from data.images import image_size, open_resized
 from data.labels import Example, Piece, cut_turns
 from model.families.qwen2 import ChatML, without_pictures
 from model.family import Family, Model
@@ -250,7 +250,6 @@ class Phi3Vision(Family):
         The official recipe sets every pair of prompt and answer apart: <s> in front, <|endoftext|> behind, all of
         "<|end|>\\n<|endoftext|>" with a loss. Raises UserError for tools and roles that the template does not know.
         """
-        self.tokenizer  # noqa: B018 - read at first use
         if tools or any(m.get("tool_calls") for m in messages):
             raise UserError(f"this model ({self.name}) has no form for tools or tool calls; write them as text, or drop them")
         if strange := [m["role"] for m in messages if f"<|{m['role']}|>" not in self.pieces.special]:
@@ -282,7 +281,6 @@ class Phi3Vision(Family):
     @property
     def stop_ids(self) -> list[int]:
         """<|end|> and <|endoftext|>; config.json's eos_token_id is never produced."""
-        self.tokenizer  # noqa: B018 - read at first use
         return [self.pieces.special[STOP], self.pieces.special[END]]
 
     def example(
@@ -301,10 +299,8 @@ class Phi3Vision(Family):
     @cached_property
     def processor(self) -> dict:
         """num_crops, image_mean and image_std of preprocessor_config.json; --max_pixels allows fewer crops."""
-        raw = read_json(self.folder / "preprocessor_config.json")
         names = ("num_crops", "image_mean", "image_std")
-        if missing := [name for name in names if name not in raw]:
-            raise UserError(f"{self.folder}/preprocessor_config.json: lacks {', '.join(missing)}; download it again")
+        raw = read_json(self.folder / "preprocessor_config.json", names)
         limit, least = self.options.max_pixels, self.tower_settings["image_size"] ** 2
         if limit is None:
             return {name: raw[name] for name in names}
@@ -334,12 +330,13 @@ class Phi3Vision(Family):
         """The whole view and the tiles as pixel_values (1 + rows * columns, 3, S, S), and the canvas (height, width)."""
         import numpy
 
-        image, tile = open_image(image, over_white=False), self.tower_settings["image_size"]
-        rows, columns = self.grid(*image.size)
-        tall = image.width < image.height
-        if tall:
-            image = image.transpose(Image.Transpose.TRANSPOSE)
-        image = image.resize(self.scaled_size(*image.size), Image.Resampling.BILINEAR)
+        tile = self.tower_settings["image_size"]
+        width, height = image_size(image)
+        rows, columns = self.grid(width, height)
+        tall = width < height
+        size = self.scaled_size(max(width, height), min(width, height))
+        (image,) = open_resized(image, [size], Image.Resampling.BILINEAR, over_white=False, transpose=tall,
+                                cache=self.options.image_cache)  # fmt: skip
         canvas = Image.new("RGB", (image.width, math.ceil(image.height / tile) * tile), "white")
         canvas.paste(image, (0, (canvas.height - image.height) // 2))
         if tall:

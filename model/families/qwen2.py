@@ -1,10 +1,14 @@
 """Qwen2.5 text models of every size: transformers' Qwen2, the hub's chat template, ChatML turns.
 
 The checkpoint's names are transformers' own. Turns are `<|im_start|>role\n...<|im_end|>\n`; a response piece runs from
-after "assistant\n" through <|im_end|>, and the newline after it belongs to the next prompt piece.
+after "assistant\n" through <|im_end|>, and the newline after it belongs to the next prompt piece. What a template puts
+behind "assistant\n" when it asks for an answer ("<think>\n" of the models that always think, QwQ among them) belongs to
+the prompt piece in training too.
 """
 
 import json
+import re
+from functools import cached_property
 from itertools import groupby, pairwise
 
 from torch import nn
@@ -26,7 +30,7 @@ TINY_TEMPLATE = (
 class ChatML(Family):
     """What the ChatML families share: rendering by the folder's template, tools, stop ids."""
 
-    opens_in_transformers = True
+    opens_in_transformers = "4.52"
     tiny_tokens = ("<|endoftext|>", "<|im_start|>", STOP)
     tiny_template = TINY_TEMPLATE
 
@@ -43,8 +47,7 @@ class ChatML(Family):
         }
 
     def render(self, messages: list[dict], tools: list | None) -> list[tuple[list[int], bool]]:
-        """(ids, trained) pieces. Raises UserError for tools or calls that the template leaves out."""
-        self.tokenizer  # noqa: B018 - read at first use
+        """(ids, trained) pieces. Raises UserError for tools, calls or thoughts that the template leaves out."""
         has_calls = any(m.get("tool_calls") for m in messages)
         (marked, marked_tools), mark = self.pieces.mark([without_pictures(messages), tools])
         text = self.render_text(restore_pictures(marked, messages), marked_tools, has_calls)
@@ -59,6 +62,11 @@ class ChatML(Family):
         for number, (message, piece) in enumerate(zip(answers, responses, strict=True), 1):
             piece.trained = message.get("train", True)
             check_calls(message, piece.text.replace(mark, ""), number)
+            if piece.trained:
+                check_thoughts(message, piece.text, self.opening, number)
+        for before, piece in pairwise(pieces):
+            if piece.trained:
+                before.text, piece.text = before.text + self.opening, piece.text.removeprefix(self.opening)
         if tools:
             self.check_tools(tools, marked_tools, mark)
         if self.options.labels == "official":  # the makers' recipe has a loss on the newline after the stop token too
@@ -71,9 +79,15 @@ class ChatML(Family):
         """The conversation by the folder's own template, or by Qwen's tool format where the run asks for it."""
         if self.options.tool_template == "qwen" and (tools or has_calls):
             return render_with_tools([dict(m, content=flat(m["content"])) for m in messages], tools, self.default_system())
+        return self.apply_template(messages, tools)
+
+    def apply_template(self, messages: list[dict], tools: list | None = None, ask: bool = False) -> str:
+        """The text of the folder's template; with ask, up to where it wants an answer. UserError if it cannot render."""
         template = self.chat_template()
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, tokenize=False)
+            return self.tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=ask
+            )
         except (TypeError, ValueError, KeyError, AttributeError, *template_errors()) as error:
             raise UserError(f"the chat template of {self.folder} cannot render this conversation: {error}") from None
 
@@ -99,16 +113,21 @@ class ChatML(Family):
 
     def default_system(self) -> str:
         """The system text that the folder's template puts where a conversation has none ("" if it puts none)."""
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": ""}], chat_template=self.chat_template(), tokenize=False
-        )
-        opening = "<|im_start|>system\n"
-        return text[len(opening) : text.index(STOP)] if text.startswith(opening) else ""
+        text, header = self.apply_template([{"role": "user", "content": ""}]), "<|im_start|>system\n"
+        return text[len(header) : text.index(STOP)] if text.startswith(header) else ""
+
+    @cached_property
+    def opening(self) -> str:
+        """What the folder's template begins every answer with when it asks for one ("" for most, "<think>\\n")."""
+        return self.apply_template([{"role": "user", "content": ""}], ask=True).partition(HEADER)[2]
+
+    def answer_text(self, text: str) -> str:
+        """With what the prompt began, once thoughts have ended; without empty ones, which the template puts in itself."""
+        return re.sub(r"\A<think>\s*</think>\s*", "", self.opening + text) if "</think>" in text else text
 
     @property
     def stop_ids(self) -> list[int]:
         """<|im_end|>, and <|endoftext|> where the vocabulary has it (base models end with it)."""
-        self.tokenizer  # noqa: B018 - read at first use
         return [self.pieces.special[t] for t in (STOP, "<|endoftext|>") if t in self.pieces.special]
 
 
@@ -194,6 +213,16 @@ def check_calls(message: dict, response: str, number: int) -> None:
                 f"assistant turn {number}: the chat template leaves {missing[0]} of its tool call out of the text, so "
                 "it would not be trained; pass --tool_template qwen"
             )
+
+
+def check_thoughts(message: dict, response: str, opening: str, number: int) -> None:
+    """UserError for a turn whose thoughts the template drops: Qwen3's keeps those behind the last question alone."""
+    lost = "</think>" in flat(joined(message.get("content") or "")) and "</think>" not in response
+    if lost or not response.startswith(opening):
+        raise UserError(
+            f"assistant turn {number}: the chat template renders it without <think>, as it does all turns before the last "
+            'question, so it would be trained as the model is never asked; give it "train": false, or a row that ends with it'
+        )
 
 
 def render_with_tools(messages: list[dict], tools: list | None, default_system: str) -> str:

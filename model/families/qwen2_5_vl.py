@@ -9,12 +9,13 @@ the whole picture; transformers loops over windows in Python without a flash ker
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 
 from data.batches import Packed
 from data.errors import UserError
-from data.images import open_image, patchify, smart_resize
+from data.images import image_size, open_resized, patchify, smart_resize
 from model.attention import segment_attention
 from model.families.qwen2 import ChatML
 from model.files import read_json
@@ -101,15 +102,13 @@ class Qwen2_5_VL(ChatML):  # noqa: N801 - the model's name
     def processor(self) -> dict:
         """Patch, merge, limits and normalisation from preprocessor_config.json (older and newer spellings)."""
         if self._processor is None:
-            raw = read_json(self.folder / "preprocessor_config.json")
+            names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+            raw = read_json(self.folder / "preprocessor_config.json", names)
             size = raw.get("size") or {}
             limits = {
                 "min_pixels": raw.get("min_pixels") or size.get("shortest_edge") or 3136,
                 "max_pixels": raw.get("max_pixels") or size.get("longest_edge") or 12845056,
             }
-            names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
-            if missing := [name for name in names if name not in raw]:
-                raise UserError(f"{self.folder}/preprocessor_config.json: lacks {', '.join(missing)}; download it again")
             self._processor = {name: raw[name] for name in names} | limits
         limit = self.options.max_pixels
         if limit is not None and limit < self._processor["min_pixels"]:
@@ -119,10 +118,11 @@ class Qwen2_5_VL(ChatML):  # noqa: N801 - the model's name
 
     def picture(self, image: Any) -> tuple[dict[str, torch.Tensor], int]:
         rule = self.processor
+        size = self.seen_size(*image_size(image))
+        (resized,) = open_resized(image, [size], Image.Resampling.BICUBIC, cache=self.options.image_cache)
         patches, grid = patchify(
-            open_image(image), patch_size=rule["patch_size"], merge_size=rule["merge_size"],
-            temporal_patch_size=rule["temporal_patch_size"], min_pixels=rule["min_pixels"], max_pixels=rule["max_pixels"],
-            mean=rule["image_mean"], std=rule["image_std"],
+            resized, patch_size=rule["patch_size"], merge_size=rule["merge_size"],
+            temporal_patch_size=rule["temporal_patch_size"], mean=rule["image_mean"], std=rule["image_std"],
         )
         tensors = {"pixel_values": patches, "image_grid_thw": torch.tensor([grid])}
         return tensors, self.count_positions(tensors)[0]

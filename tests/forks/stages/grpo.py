@@ -14,7 +14,7 @@ from training.options import option
 
 @dataclass
 class Flags(rloo.Flags):
-    advantage: str = option("group_std", "reward less the mean of the prompt's answers, over their deviation", words="group_std")
+    advantage: str = option("group_std", "less the mean of the prompt's answers, over their deviation", words="group_std")
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,0 +1,148 @@
+"""Rows that come as columns: parquet files, and data sets of the hub.
+
+A parquet file is read by row groups, straight from the file: nothing is copied to disk, and a few groups stay in memory.
+Where a group is too large for that, and for the hub, the `datasets` library keeps an Arrow file in its cache and maps
+it into memory. Columns cannot tell "absent" from "null", so null fields are left out of a row. Imported lazily.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.errors import UserError
+from data.sources import Piece, Source
+from data.turns import Problem
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+
+HELD_BYTES = 256 * 2**20  # of row groups in memory; a larger group is read through an Arrow file
+AT_ONCE = 64  # rows made into Python objects together
+
+_held: dict[tuple, "pyarrow.Table"] = {}  # of this process: the row groups used last, the newest at the end
+
+
+class Table(Source):
+    """What parquet and Arrow have in common: rows are numbered from 1 and have no place in a file."""
+
+    def parse(self, raw: object) -> object:
+        if isinstance(raw, Problem):
+            raise raw
+        return plain(raw)
+
+    def rows_of(self, table: "pyarrow.Table") -> list[dict | Problem]:
+        try:
+            return table.to_pylist()
+        except UnicodeDecodeError as error:  # parquet does not check what is written as text
+            if len(table) == 1:
+                return [Problem("not valid UTF-8", error.reason)]
+            return [row for place in range(len(table)) for row in self.rows_of(table.slice(place, 1))]
+
+
+class Parquet(Table):
+    """A parquet file, read by row groups."""
+
+    def __init__(self, path: Path, group_rows: list[int]):
+        super().__init__(path)
+        self.first_rows = list(accumulate(group_rows, initial=0))
+
+    def pieces(self) -> Iterator[Piece]:
+        for group, first in enumerate(self.first_rows[:-1]):
+            table = self.group(group)
+            for start in range(0, len(table), AT_ONCE):
+                for number, row in enumerate(self.rows_of(table.slice(start, AT_ONCE)), first + start + 1):
+                    yield number, 0, 0, row
+
+    def read(self, number: int, start: int, size: int) -> object:
+        group = bisect_right(self.first_rows, number - 1) - 1
+        return self.rows_of(self.group(group).slice(number - 1 - self.first_rows[group], 1))[0]
+
+    def group(self, group: int) -> "pyarrow.Table":
+        from pyarrow.parquet import ParquetFile
+
+        key = (*self.stamp(), group)
+        table = _held.pop(key, None)
+        if table is None:
+            with ParquetFile(self.path) as file:
+                table = file.read_row_group(group, use_threads=False)  # threads do not live on in a forked worker
+        _held[key] = table
+        while len(_held) > 1 and sum(held.nbytes for held in _held.values()) > HELD_BYTES:
+            del _held[next(iter(_held))]
+        return table
+
+
+class Arrow(Table):
+    """A data set of the `datasets` library: Arrow files in its cache, mapped into memory; of a file, or of the hub."""
+
+    def __init__(self, dataset: "datasets.Dataset", name: str, path: Path | None = None):
+        super().__init__(path or Path(name))
+        self.dataset, self.name, self.is_file = dataset.with_format("arrow"), name, path is not None
+        self.folder = path.parent if path else Path()
+
+    def pieces(self) -> Iterator[Piece]:
+        rows = (row for table in self.dataset.iter(AT_ONCE) for row in self.rows_of(table))
+        for number, row in enumerate(rows, 1):
+            yield number, 0, 0, row
+
+    def read(self, number: int, start: int, size: int) -> object:
+        return self.rows_of(self.dataset[number - 1 : number])[0]
+
+    def stamp(self) -> list:
+        return super().stamp() if self.is_file else [self.name, self.sha256()]
+
+    def sha256(self) -> str:
+        """Of the file, or the library's fingerprint of what a hub's data set was made of."""
+        return super().sha256() if self.is_file else self.dataset._fingerprint
+
+
+def open_parquet(path: Path) -> Table:
+    """A parquet file as rows. UserError for one that cannot be read."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            sizes, counts = [group.total_byte_size for group in groups], [group.num_rows for group in groups]
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as parquet: {error}; save or download it again") from None
+    if max(sizes, default=0) <= HELD_BYTES:
+        return Parquet(path, counts)
+    return Arrow(load("parquet", "train", data_files=str(path)), path.name, path)
+
+
+def open_hub(name: str, config: str | None, split: str | None) -> Table:
+    """A split (train, if none is named) of a data set of the hub. UserError for one that cannot be had."""
+    return Arrow(load(name, split or "train", name=config), ":".join(filter(None, [name, config, split])))
+
+
+def load(path: str, split: str, **more) -> "datasets.Dataset":
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, split=split, **more)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"{path} is no file or folder here, and as a data set of the hub it cannot be had: "
+            f"{str(error) or type(error).__name__}"
+        ) from None
+
+
+def plain(value: object) -> object:
+    """A value of a table as json would give it: without null fields and empty cells, a picture as its bytes or path."""
+    if isinstance(value, dict):
+        if value.keys() == {"bytes", "path"}:
+            return value["bytes"] or value["path"]
+        fields = {key: plain(item) for key, item in value.items()}
+        return {key: item for key, item in fields.items() if item is not None}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        if math.isnan(value):  # how pandas writes an empty cell
+            return None
+        raise Problem("a number is NaN or infinite", str(value))
+    return value if isinstance(value, str | int | float | bytes | None) else str(value)
