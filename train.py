@@ -68,7 +68,7 @@ class Run:
 
         # the machine, and where the run stands
         check_names(config)
-        self.config, self.folder, self.found = config, Path(config.output_dir), found
+        self.config, self.folder, self.found, self.journal = config, Path(config.output_dir), found, None
         self.device = memory.check_device(config.device)
         memory.keep_freed_memory()
         self.precision = precision.choose(config.precision, self.device)
@@ -114,8 +114,10 @@ class Run:
         self.identity = trajectory(config) | {"data_sha256": self.rows.sha256}
         if config.adapter:
             self.identity["adapter_sha256"] = sha256_of(Path(config.adapter) / files.WEIGHTS)
-        self.plan = rehearsal.Plan(self.model, config)
-        self.state.micro_tokens = self.plan.micro_tokens(self.rows.lengths.longest)
+        if self.stage.num_answers:
+            self.identity["max_new_tokens"] = config.max_new_tokens
+        self.plan = rehearsal.Plan(self.model, config, self.stage.num_answers, self.stage.held_bytes)
+        self.state.micro_tokens, self.state.cache_tokens = self.plan.fit(self.rows.lengths.longest)
         self.model.train()
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -177,32 +179,35 @@ class Run:
         steps = self.batches.steps(state.step, self.last)
         while state.step < self.last and not stop.requested:
             started = time.perf_counter()
-            examples = self.rows.usable(next(steps))  # 1 the examples of one optimizer step
+            rows = self.rows.usable(next(steps))  # 1 the rows of one step
             waited = time.perf_counter() - started
-            total = self.stage.denominator(examples)  # 2 what the loss is divided by, before any forward
-            loss, figures = self.forward_backward(examples, total)  # 3 packed rows; every loss is a sum / total
-            overflowed = state.scaler.unscale(self.trained.values())
-            norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), config.max_grad_norm or math.inf).item()  # 4
-            verdict = guards.judge(loss, norm, state.statistics, config.skip_spikes, state.scaler.scale)  # 5
             rate = self.rate * optim.schedule(config.lr_schedule, state.step, config.warmup_steps, self.last)
-            if verdict.action == "update":
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-                self.optimizer.step()
-            state.scaler.update(overflowed)
-            self.optimizer.zero_grad(set_to_none=True)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            for examples in self.stage.collect(self, rows):  # the rows, for one update; RLOO: answers sampled to them
+                total = self.stage.denominator(examples)  # 2 what the loss is divided by, before any forward
+                loss, figures = self.forward_backward(examples, total)  # 3 packed rows; every loss is a sum / total
+                overflowed = state.scaler.unscale(self.trained.values())
+                norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), config.max_grad_norm or math.inf).item()  # 4
+                verdict = guards.judge(loss, norm, state.statistics, config.skip_spikes, state.scaler.scale)  # 5
+                if verdict.action == "update":
+                    self.optimizer.step()
+                state.scaler.update(overflowed)
+                self.optimizer.zero_grad(set_to_none=True)
+                if verdict.action != "update":
+                    break
             num_supervised = sum(example.num_supervised for example in examples)
             state.step += 1  # 6 the one state object
             seconds = time.perf_counter() - started
             self.journal.step(  # 7 one line on screen, one on disk
                 state.step, epoch=state.step / per_epoch, loss=loss, lr=rate, grad_norm=norm,
                 supervised_tokens=num_supervised, seconds=seconds, data_wait=waited,
-                memory=memory.peak_gib(self.device), rows=None if verdict.action == "update" else [e.id for e in examples],
+                memory=memory.peak_gib(self.device), rows=None if verdict.action == "update" else [row.id for row in rows],
                 **figures,
             )
-            waiting.watch(sum(e.encode_seconds for e in examples), waited, seconds, self.journal.say)
+            waiting.watch(sum(row.encode_seconds for row in rows), waited, seconds, self.journal.say)
             if verdict.action != "update":
-                self.no_update(verdict, examples)
+                self.no_update(verdict, rows)
             if state.step < self.last and due(config.save_every, state.step, per_epoch):  # 8 save, evaluate
                 self.commit()
             if state.step < self.last and due(config.eval_every, state.step, per_epoch):
@@ -244,12 +249,12 @@ class Run:
             figures = {name: figures.get(name, 0.0) + value for name, value in more.items()}
         return loss_sum.item(), {name: float(value) for name, value in figures.items()}
 
-    def no_update(self, verdict, examples: list) -> None:
+    def no_update(self, verdict, rows: list) -> None:
         """Write down a step whose update was not made, and why; end the run if the judge says so."""
         step = self.state.step
         self.journal.event(verdict.action, step, reason=verdict.reason)
-        rows = ", ".join(e.id for e in examples)
-        self.journal.say(f"step {step}: no update, because {verdict.reason}; --replay_step {step} runs it again; rows: {rows}")
+        names = ", ".join(row.id for row in rows)
+        self.journal.say(f"step {step}: no update, because {verdict.reason}; --replay_step {step} runs it again; rows: {names}")
         if verdict.action == "stop":
             raise UserError(f"step {step}: {verdict.reason}; {self.folder}/journal.jsonl has the rows of each step")
 
@@ -263,16 +268,17 @@ class Run:
 
         rows, tokens = self.rows, self.state.micro_tokens
         longest = rows.usable(list(Encoded(rows.train, self.stage.encode, rows.lengths.longest_rows)))
-        worst = fill(longest, tokens, self.batches.step_rows)
+        worst, examples = fill(longest, tokens, self.batches.step_rows), []
 
         def backward() -> tuple[int, float]:
-            return sum(map(len, worst)), self.accumulate(worst, self.stage.denominator(worst))[0]
+            examples[:] = self.stage.collect(self, worst)[0]
+            return sum(map(len, worst)), self.accumulate(examples, self.stage.denominator(examples))[0]
 
         per_position, update = rehearse(self.folder, self.model, self.optimizer, backward, self.snapshot)
         seconds = per_position * rows.lengths.mean * min(self.batches.step_rows, len(rows.lengths.kept)) + update
         expected = self.plan.forecast(tokens, seconds, self.last)
         print(f"forecast, with packed rows of {tokens} positions:\n{expected.text()}")
-        shown = rows.usable(list(Encoded(rows.train, self.stage.encode, rows.lengths.typical())))
+        shown = [examples[-1], *rows.usable(list(Encoded(rows.train, self.stage.encode, rows.lengths.typical())))]
         print(explain_rows([s for row in shown for s in self.stage.sequences(row)], self.family.tokenizer))
         return expected
 

@@ -48,10 +48,9 @@ class Lengths:
 
 
     def typical(self) -> list[int]:
-        """The numbers of at most three rows that say what the data looks like: the longest, one of middle length, the
-        shortest, by estimate."""
+        """A row of middle length and the shortest, by estimate: with the longest, what the data looks like."""
         ordered = sorted(self.kept, key=self.estimates.__getitem__)
-        return list(dict.fromkeys([self.longest_rows[0], ordered[len(ordered) // 2], ordered[0]]))
+        return [index for index in dict.fromkeys([ordered[len(ordered) // 2], ordered[0]]) if index != self.longest_rows[0]]
 
 
 def measure(

@@ -39,7 +39,9 @@ class Examiner:
         self.config, self.model, self.stage, self.rows, self.precision = config, model, stage, rows, precision
         self.journal, self.state, step = journal, state, state.step
         self.folder = Path(config.output_dir)
-        self.task: Task | None = find_task(config.eval_task) if config.predict_with_generate or rows.test_set else None
+        self.task: Task | None = None
+        if config.predict_with_generate or rows.test_set:
+            self.task = stage.task if config.eval_task == "auto" and stage.task else find_task(config.eval_task)
         self.figures: dict[str, dict[str, dict[str, float]]] = {}  # when -> set -> figure -> value
         self.lines: dict[str, dict[str, list[dict]]] = {}  # when -> set -> lines
         for path in (self.folder / "outputs").glob("*.jsonl"):

@@ -1,8 +1,9 @@
 """report.html: a whole run on one page that opens without a network, a server or an account.
 
-Everything but the samples comes from the output folder: journal.jsonl, run.yaml, bad_rows.jsonl. So the report of an
-interrupted run is made from what lies there, and train.py only adds samples. Curves are SVG drawn here, at most 400
-points each; colours are CSS variables, light and dark. A page costs about 40 KB and at most 300 KB for each picture.
+Everything but the held-out samples comes from the output folder: journal.jsonl, run.yaml, bad_rows.jsonl and
+outputs/rollouts.jsonl. So the report of an interrupted run is made from what lies there, and train.py only adds samples.
+Curves are SVG drawn here, at most 400 points each; colours are CSS variables, light and dark. A page costs about 40 KB and
+at most 300 KB for each picture.
 
 The journal's events that this page shows (each has a step; all are optional):
   start      command, machine, time, versions {name: version}, last_step, data [{file, sha256, rows}],
@@ -29,6 +30,7 @@ from training.page import CSS, Markup, Points, chart, clock, embed, legend, smoo
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+NUM_ROLLOUTS = 8  # the last sampled answers of RLOO that the page shows
 KINDS, ARROW = ("expected", "before", "after"), "\u2192"
 STEP_KEYS = ("step", "loss", "lr", "grad_norm", "supervised_tokens", "seconds", "data_wait", "memory", "rows")  # of any stage
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the picture
@@ -79,8 +81,12 @@ def read_report(folder: str | Path) -> Report:
     folder = Path(folder)
     config, bad_rows = folder / "run.yaml", folder / "bad_rows.jsonl"
     lines = bad_rows.read_bytes().splitlines() if bad_rows.exists() else []
+    rollouts = folder / "outputs" / "rollouts.jsonl"
+    sampled = map(json.loads, rollouts.read_bytes().splitlines()[-NUM_ROLLOUTS:] if rollouts.exists() else [])
+    shown = [Sample(f"{line['id']}, sampled in step {line['step']}: reward {line['reward']:.4g}, advantage "
+                    f"{line['advantage']:.3g}", line["prompt"], line["label"], after=line["response"]) for line in sampled]
     return Report(folder.resolve().name, read_journal(folder / "journal.jsonl"),
-                  config.read_text(encoding="utf-8") if config.exists() else "", [json.loads(line) for line in lines])
+                  config.read_text(encoding="utf-8") if config.exists() else "", [json.loads(line) for line in lines], shown)
 
 
 def write_report(path: str | Path, report: Report) -> None:
