@@ -1,7 +1,7 @@
 """An example as text that shows what is trained: the first thing to look at before a run.
 
 An example is cut into runs: text with a loss, text without one, and pictures. A terminal, the prompts that an evaluation
-writes down, and the page of `python -m data show` (data/show.py) all show the same runs.
+writes down, and the page of `python -m data show` (training/show.py) all show the same runs.
 """
 
 import sys
@@ -11,7 +11,9 @@ from typing import NamedTuple
 from data.labels import NO_LOSS, Example
 
 SHOWN = 4000  # characters of all rows together before a run
-CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}  # all but tab and line end
+# All control characters but tab and line end, and those that turn the direction of writing.
+CONTROLS = {code: rf"\u{code:04x}" for code in (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F),
+                                               *range(0x2066, 0x206A))}  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -43,19 +45,19 @@ def runs(example: Example, tokenizer) -> list[Run]:
 
 
 def explain(example: Example, tokenizer, colour: bool = True) -> str:
-    """The example as text: supervised tokens green (or in [[ ]]), pictures as <N picture positions>."""
+    """The example as text: supervised tokens green (or in [[ ]]), pictures (blue) as <N picture positions>."""
     return paint(runs(example, tokenizer), colour)
 
 
 def paint(some: Iterable[Run], colour: bool) -> str:
-    opening, closing = ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]")
-    return "".join(opening + run.text + closing if run.kind == "loss" else run.text for run in some)
+    around = {"loss": ("\x1b[32m", "\x1b[0m"), "picture": ("\x1b[34m", "\x1b[0m")} if colour else {"loss": ("[[", "]]")}
+    return "".join(run.text.join(around.get(run.kind, ("", ""))) for run in some)
 
 
 def explain_rows(examples: list[Example], tokenizer, shown: int = SHOWN) -> str:
     """Some rows for a terminal, each under a line about it; of long ones the end, where the answers are, so that all of
     them take about `shown` characters. Control characters are spelled out: a row cannot move the cursor."""
-    colour, each = sys.stdout.isatty(), shown // len(examples)
+    colour, each = sys.stdout.isatty(), shown // max(len(examples), 1)
     lines = [f"rows as the model sees them, supervised tokens {'green' if colour else 'in [[ ]]'}:"]
     for example in examples:
         lines.append(f"-- {describe(example)}")
