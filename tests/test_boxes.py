@@ -4,15 +4,19 @@ import importlib
 import json
 import random
 from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from conftest import shared
 from PIL import Image
 
 from data.boxes import FORMATS, KEEP, BoxRule, Convention, boxes_of, parse_boxes, strip_boxes
+from data.errors import UserError
 from data.images import smart_resize
 from data.records import open_records
 from data.turns import Problem
+from eval import ask
 from eval.actions import step_success
 from eval.metrics import Reply, box_iou
 from model.family import Options, families, find_family
@@ -213,6 +217,24 @@ def test_an_index_is_of_one_way_to_rewrite(tmp_path, monkeypatch):
         assert len({(len(r), tuple(r.notes), tuple(r.text_bytes)) for r in found}) == 1
         fits = boxes.rows != "pixels"  # of a picture of 200 x 100 the box is beyond the edge
         assert (len(found[0]), bool(found[0].notes)) == (int(fits), fits and boxes.rewrites)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_question_is_rewritten_and_its_answer_drawn_as_in_training(name, folders, tmp_path, monkeypatch):
+    """The same words for every family; the model sees its own, and the answer in its own lands in the same place."""
+    family = find_family(folders / name, Options(box_format="thousandths"))
+    Image.new("RGB", (400, 200), "white").save(tmp_path / "a.png")
+    answer = rewrite(boxes_of(family), "<box>500 500 1000 1000</box>", (400, 200))
+    monkeypatch.setattr(ask, "generate", lambda model, prompts, most: [SimpleNamespace(text=answer, stopped=True)])
+    subject = SimpleNamespace(family=family, model=None, precision=SimpleNamespace(autocast=nullcontext))
+    dialogue = ask.Dialogue(subject, str(tmp_path / "a.png"), draw=str(tmp_path / "out.png"))
+    assert dialogue.ask("what is in <box>500 500 1000 1000</box>?") == answer
+    assert answer in dialogue.messages[0]["content"][1]["text"]
+    drawn = Image.open(tmp_path / "out.png")
+    red = [(x, y) for x in range(400) for y in range(200) if drawn.getpixel((x, y)) == (255, 0, 0)]
+    assert abs(min(x for x, _ in red) - 200) <= 1 and abs(min(y for _, y in red) - 100) <= 1
+    with pytest.raises(UserError, match="outside its picture.*--box_format"):
+        dialogue.ask("and in <box>1200 500 1300 1000</box>?")
 
 
 # ---- scores ------------------------------------------------------------------------------------------------------------

@@ -97,7 +97,8 @@ def picture(family: Any, record: Record, example: Example, number: int) -> str:
     size, rule = record.image_sizes[number], boxes_of(family)
     start, end = example.image_spans[number]
     parts = group(family.regions(*size), start)
-    found = [(role, rule.locate(box, size)) for place, role, box in place_boxes(record.messages) if place == number]
+    turns = record.messages + (record.rejected or [])[-1:]
+    found = [(role, rule.locate(box, size)) for place, role, box in place_boxes(turns) if place == number]
     letters = max(size) / 45
     shapes = [draw_part(part, span, letters) for span, part in parts]
     shapes += label_parts(parts, letters) if len(parts) <= LABELLED else []
