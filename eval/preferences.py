@@ -42,7 +42,7 @@ def make_preferences(flags: argparse.Namespace) -> None:
     folder = Path(flags.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     task = Task([score_alone(flags.reward, folder)])
-    subject = open_subject(flags.model, device=flags.device)
+    subject = open_subject(flags.model, device_name=flags.device)
     sampling = {"num_samples": flags.num_samples, "temperature": flags.temperature, "seed": flags.seed}
     with subject.precision.autocast():
         found = evaluate(

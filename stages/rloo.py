@@ -10,7 +10,7 @@ the ratio needs in the very arithmetic of training; a sampler's differ in their 
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +120,7 @@ class Stage(sft.Stage):
         replies, examples = self.sample(run, questions)
         scores = self.rewards(replies)
         sampled = time.perf_counter()
-        logprobs, entropies, references = self.score(run, examples)
+        logprobs, entropies, references = halving(run.state, "micro_tokens", lambda: self.score(run, examples))
         kl = [ours - theirs for ours, theirs in zip(logprobs, references, strict=True)]
         rewards = [values["score"] - self.flags.missing_eos_penalty * (not reply.stopped)
                    for values, reply in zip(scores, replies, strict=True)]  # fmt: skip
@@ -145,17 +145,9 @@ class Stage(sft.Stage):
         of weights, seed and step, so that a resumed run samples what the run would have."""
         from data.batches import hash_seed
         from eval.evaluate import reply_to
-        from training.guards import is_out_of_memory
 
-        seed, prompts, answers = hash_seed(run.config.seed, run.state.step), [q.prompt for q in questions], None
-        while answers is None:
-            try:
-                answers = self.answer(run, prompts, seed)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or run.state.cache_tokens <= self.num_answers:
-                    raise
-                run.state.cache_tokens //= 2
-                print(f"out of memory: answers are sampled with {run.state.cache_tokens} positions at a time")
+        seed, prompts = hash_seed(run.config.seed, run.state.step), [question.prompt for question in questions]
+        answers = halving(run.state, "cache_tokens", lambda: self.answer(run, prompts, seed))
         asked = [question for question in questions for _ in range(self.num_answers)]
         pairs = list(zip(asked, answers, strict=True))
         return [reply_to(self.family, q.record, q.prompt, q.prompt, a) for q, a in pairs], [self.join(q, a) for q, a in pairs]
@@ -251,6 +243,22 @@ class Stage(sft.Stage):
         gain = (ratio * values["advantage"]).minimum(ratio.clamp(1 - reach, 1 + reach) * values["advantage"])
         figures = {name: value.sum() / total for name, value in values.items() if name not in NOT_SHOWN}
         return -gain.sum() / total, figures | {"clipped": ((ratio.detach() - 1).abs() > reach).sum() / total}
+
+
+def halving(state: Any, name: str, work: Callable[[], Any]) -> Any:
+    """work(), again with half as many positions at once (state.name) as often as the memory does not do."""
+    from training.guards import is_out_of_memory
+
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if getattr(state, name) < 2:
+            raise UserError("out of memory with the answers to one prompt; lower --num_samples or --max_new_tokens")
+        setattr(state, name, getattr(state, name) // 2)
+        print(f"out of memory: answers are sampled and scored again with {name} {getattr(state, name)}")
 
 
 def advantages(rewards: "torch.Tensor", kind: str) -> "torch.Tensor":
