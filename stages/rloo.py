@@ -90,8 +90,9 @@ class Stage(sft.Stage):
         super().__init__(flags, model, max_length)
         self.flags, self.num_answers = flags, flags.num_samples
         self.judge = find_reward(flags.reward)
-        self.reference = reference_of(model, copy=True) if flags.kl_beta else None
-        if self.reference and reference_of(model) is None:  # the weights themselves are trained: a second set of them
+        self.reference = reference_of(model) if flags.kl_beta else None
+        if flags.kl_beta and self.reference is None:  # the weights themselves are trained: a second set of them is held
+            self.reference = reference_of(model, copy=True)
             self.held_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
     @property
@@ -132,10 +133,12 @@ class Stage(sft.Stage):
             masked = self.flags.mask_truncated_completions and not reply.stopped
             example.values = {
                 "advantage": 0.0 if masked else found[number], "old_logprob": logprobs[number], "reward": rewards[number],
-                "reward_spread": spreads[number], "no_signal": float(spreads[number] == 0), "kl": kl[number],
+                "reward_spread": spreads[number], "no_signal": float(spreads[number] == 0),
                 "entropy": entropies[number] / example.num_supervised, "answer_tokens": float(example.num_supervised),
                 "stop_rate": float(reply.stopped), "sampling_seconds": sampled - started, "scoring_seconds": scored - sampled,
-            } | {f"reward_{name}": float(scores[number][name]) for name in sorted(shared)}  # fmt: skip
+            }  # fmt: skip
+            example.values |= {"kl": kl[number]} if self.reference else {}
+            example.values |= {f"reward_{name}": float(scores[number][name]) for name in sorted(shared)}
         if run.journal is not None:
             self.write_samples(run, replies, examples)
         return [examples] * self.flags.num_iterations
@@ -225,7 +228,7 @@ class Stage(sft.Stage):
             for reply, example in list(zip(replies, examples, strict=True))[: self.num_answers]:
                 line = {"when": "rollout", "step": run.state.step + 1, "id": reply.id, "prompt": reply.prompt,
                         "response": reply.response, "label": reply.label, "stopped": reply.stopped}  # fmt: skip
-                line |= {name: example.values[name] for name in ("reward", "advantage", "kl", "answer_tokens")}
+                line |= {name: example.values[name] for name in ("reward", "advantage", "answer_tokens")}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     # ---- the loss -----------------------------------------------------------------------------------------------------

@@ -266,6 +266,7 @@ def test_the_loss_equals_a_numpy_oracle(tmp_path, base, rows, temperature):
     run, stage, questions = open_run(tmp_path, base, rows, options)
     assert stage.reference is None
     [examples] = stage.collect(run, questions)
+    assert all("kl" not in example.values for example in examples)
     source, gains, beyond = np.random.default_rng(0), [], 0
     for example in examples:
         logprob, _ = answer_numbers(run.model, example, temperature)
