@@ -25,7 +25,7 @@ COMMON = ["--num_workers", 0, "--save_every", "no", "--no_gradient_checkpointing
           "--max_new_tokens", 24]  # fmt: skip
 SETTINGS = {
     "sft": ["--batch_size", 32, "--max_steps", 400, "--learning_rate", 3e-3, "--eval_every", "no"],
-    "dpo": ["--batch_size", 16, "--max_steps", 40, "--learning_rate", 3e-4, "--eval_split", 20, "--eval_every", "no"],
+    "dpo": ["--batch_size", 16, "--max_steps", 60, "--learning_rate", 3e-4, "--eval_split", 40, "--eval_every", "no"],
     "rloo": ["--batch_size", 32, "--max_steps", 80, "--learning_rate", 1e-3, "--adam_beta2", 0.95, "--kl_beta", 0.02,
              "--reward", "countdown", "--num_samples", 8, "--eval_every", 20],
 }  # fmt: skip

@@ -107,6 +107,10 @@ class Stage(sft.Stage):
         prompt.id, prompt.where = record.id, record.where
         return Question(prompt, record)
 
+    def prepare(self, run: Any) -> None:
+        """A resumed run must sample answers as long as before."""
+        run.identity["max_new_tokens"] = run.config.max_new_tokens
+
     def denominator(self, answers: Iterable["Example"]) -> float:
         """Sampled answers of a step, those without a loss included."""
         return float(sum(1 for _ in answers))
