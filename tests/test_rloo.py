@@ -482,15 +482,17 @@ def bias_to_stop(monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_tiny_model_learns_by_reward(tmp_path, capfd):
+def test_a_tiny_model_learns_by_reward(tmp_path, capfd, monkeypatch):
     """SFT, DPO and RLOO by one command: held-out problems are solved more often after each, and answers still stop."""
+    fewer = [50 if part == 80 else part for part in pipeline.SETTINGS["rloo"]]  # updates, for the test's sake
+    monkeypatch.setitem(pipeline.SETTINGS, "rloo", fewer)
     pipeline.run_pipeline(tmp_path, 0, "cpu")
     lines = capfd.readouterr().out.splitlines()[-4:]
     assert [line.rsplit(" ", 3)[0] for line in lines] == ["held-out problems solved", "sft loss", "dpo accuracy", "rloo reward"]
     for name in ("initial", "sft", "dpo", "rloo", "final"):
         assert (tmp_path / name / "journal.jsonl").exists() and (tmp_path / name / "model" / "config.json").exists()
     found = [r for r in read_journal(tmp_path / "rloo" / "journal.jsonl") if r.get("event") == "eval"]
-    assert found[-1]["correct"] >= found[0]["correct"] + 0.1 and found[-1]["stop_rate"] >= 0.95
+    assert found[-1]["correct"] >= found[0]["correct"] + 0.15 and found[-1]["stop_rate"] >= 0.95
     loss = [r["loss"] for r in steps_of(tmp_path / "sft")]
     assert lines[1] == f"sft loss {loss[0]:.3f} -> {loss[-1]:.3f}"
     pipeline.run_pipeline(tmp_path, 0, "cpu")  # nothing is run again
