@@ -111,8 +111,6 @@ class Run:
         self.identity = trajectory(config) | {"data_sha256": self.rows.sha256}
         if config.adapter:
             self.identity["adapter_sha256"] = sha256_of(Path(config.adapter) / files.WEIGHTS)
-        if self.stage.num_answers:
-            self.identity["max_new_tokens"] = config.max_new_tokens
         self.plan = rehearsal.Plan(self.model, config, self.stage.num_answers, self.stage.held_bytes)
         self.state.micro_tokens, self.state.cache_tokens = self.plan.fit(self.rows.lengths.longest)
         self.model.train()
@@ -194,14 +192,12 @@ class Run:
                 self.optimizer.zero_grad(set_to_none=True)
                 if verdict.action != "update":
                     break
-            num_supervised = sum(example.num_supervised for example in examples)
             state.step += 1  # 6 the one state object
             seconds = time.perf_counter() - started
             self.journal.step(  # 7 one line on screen, one on disk
                 state.step, epoch=state.step / per_epoch, loss=loss, lr=rate, grad_norm=norm,
-                supervised_tokens=num_supervised, seconds=seconds, data_wait=waited,
+                supervised_tokens=sum(e.num_supervised for e in examples), seconds=seconds, data_wait=waited, **figures,
                 memory=memory.peak_gib(self.device), rows=None if verdict.action == "update" else [row.id for row in rows],
-                **figures,
             )
             waiting.watch(sum(row.encode_seconds for row in rows), waited, seconds, self.journal.say)
             if verdict.action != "update":
