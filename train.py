@@ -81,7 +81,7 @@ class Run:
         storage = kinds.frozen if config.use_lora else kinds.full_8bit if "8bit" in config.optim else kinds.full
         if config.image_cache:
             Path(config.image_cache).mkdir(parents=True, exist_ok=True)
-        options = Options(config.max_pixels, config.tool_template, config.labels, config.image_cache)
+        options = Options(config.max_pixels, config.tool_template, config.labels, config.image_cache, config.box_format)
         self.model, self.family = load_model(config.base_model, quant, storage, self.device, options)
         self.adapter_settings = adapter.Settings.from_config(config)
         self.trainable = adapter.attach(self.model, self.family, self.adapter_settings)

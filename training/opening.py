@@ -1,4 +1,4 @@
-"""Before the first step: the worst of the run once, what it will take, a row as the model sees it, the journal's opening.
+"""Before the first step: the worst of the run once, what it will take, rows as the model sees them, the journal's opening.
 
 Both functions are given train.py's Run, whose own forward, backward and saving are what is rehearsed.
 """
@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from data.batches import Encoded
-from data.explain import explain
+from data.explain import explain_rows
 from training.journal import now
 from training.rehearsal import Forecast, fill, rehearse
 
@@ -17,10 +17,9 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "to
 
 
 def rehearse_run(run: Any) -> Forecast:
-    """Run the worst of the run once and undo it; print the forecast and a row as the model sees it."""
+    """Run the worst of the run once and undo it; print the forecast and three rows as the model sees them."""
     rows, tokens = run.rows, run.state.micro_tokens
-    candidates = Encoded(rows.train, run.stage.encode, rows.lengths.longest_rows)
-    longest = rows.usable([candidates[i] for i in range(len(candidates))])
+    longest = rows.usable(list(Encoded(rows.train, run.stage.encode, rows.lengths.longest_rows)))
     worst, examples = fill(longest, tokens, run.batches.step_rows), []
 
     def backward() -> tuple[int, float]:
@@ -31,9 +30,8 @@ def rehearse_run(run: Any) -> Forecast:
     seconds = per_position * rows.lengths.mean * min(run.batches.step_rows, len(rows.lengths.kept)) + update
     expected = run.plan.forecast(tokens, seconds, run.last)
     print(f"forecast, with packed rows of {tokens} positions:\n{expected.text()}")
-    print("a row as the model sees it, supervised tokens marked:")
-    for sequence in run.stage.sequences(examples[-1]):
-        print(explain(sequence, run.family.tokenizer, sys.stdout.isatty())[-4000:])
+    shown = [examples[-1], *rows.usable(list(Encoded(rows.train, run.stage.encode, rows.lengths.typical())))]
+    print(explain_rows([s for row in shown for s in run.stage.sequences(row)], run.family.tokenizer))
     return expected
 
 
