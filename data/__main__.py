@@ -4,6 +4,7 @@
     python -m data download NAME                                       a data set of the recipes, into data/raw/NAME
     python -m data convert guicourse --input_dir DIR --output_dir DIR  GUICourse's published files as rows
     python -m data make countdown --num N --output_dir DIR             Countdown problems with exact answers
+    python -m data make preferences --model DIR --prompts FILE --reward NAME --output_dir DIR   pairs of its own answers
     python -m data demo --rows N --output_dir DIR                      rows of the built-in task, and how to train on them
     python -m data demo_base --output_dir DIR                          the base of the built-in task, from random weights
 
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from data import convert, download, make
 from data.errors import UserError, command
+from eval import preferences
 from stages import list_stages
 from training.config import Config, fields_of, settle
 from training.options import Parser, add_flag
@@ -55,15 +57,28 @@ def main() -> None:
         ("show", "print some rows as the model gets them, and write show.html", add_show_flags, show_rows),
         ("download", "fetch a data set of the recipes", download.add_flags, download.run),
         ("convert", "make rows of the files that GUICourse's authors publish", convert.add_flags, convert.run),
-        ("make", "draw a data set: Countdown problems with exact answers", make.add_flags, make.make_countdown),
+        ("make", "make a data set: Countdown problems, or pairs of a model's own answers", add_made, None),
         ("demo", "write rows of the built-in task, and its held-out rows", add_demo_flags, make_demo_rows),
         ("demo_base", "make the built-in task's base again, from random weights", add_base_flags, make_base),
     ):
         door = doors.add_parser(name, help=text, description=text)
         add_flags(door)
-        door.set_defaults(run=run)
+        if run:
+            door.set_defaults(run=run)
     flags = parser.parse_args()
     flags.run(flags)
+
+
+def add_made(parser: argparse.ArgumentParser) -> None:
+    """The data sets that `python -m data make` makes."""
+    names = parser.add_subparsers(required=True, metavar="NAME")
+    for name, text, add_flags, run in (
+        ("countdown", "Countdown problems with exact answers", make.add_flags, make.make_countdown),
+        ("preferences", "pairs of a model's own answers, by a reward", preferences.add_flags, preferences.make_preferences),
+    ):
+        door = names.add_parser(name, help=text, description=text)
+        add_flags(door)
+        door.set_defaults(run=run)
 
 
 # ---- showing ----------------------------------------------------------------------------------------------------------

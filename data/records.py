@@ -172,8 +172,15 @@ class Part:
             record.rejected = [*record.messages[:-1], last]
 
     def _check_kind(self, record: Record, notes: Counter) -> None:
-        """Problem for a kind of row that is not taken; where conversations are, a preference becomes its chosen side."""
+        """Problem for a kind of row that is not taken; where conversations are, a preference becomes its chosen side, and
+        where problems are, its prompt, with the chosen answer for a reward that compares."""
         if record.kind in self.takes:
+            return
+        if record.kind == "preference" and "problem" in self.takes:
+            answer = record.messages[-1]["content"]
+            record.messages, record.rejected = record.messages[:-1], None
+            record.truth = {"answer": "".join(part.get("text", "") for part in parts_of(answer))}
+            notes["preference read as its prompt"] += 1
             return
         if record.kind != "preference" or "conversation" not in self.takes:
             wanted = " or ".join(KINDS[name] for name in self.takes)

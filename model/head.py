@@ -42,21 +42,15 @@ def per_token(
 
 
 def sequence_logprobs(model: "Model", packed: "Packed", temperature: float = 1.0) -> torch.Tensor:
-    """sum_t log p(token_t | tokens before it) over the supervised tokens of each example of a packed row: (S,) fp32.
-
-    p is softmax(logits / temperature), what tokens are sampled from at that temperature.
-    """
-    where, target = packed.supervised()
-    function = partial(negative_log_likelihood, temperature=temperature)
-    losses = per_token(model.hidden(packed), model.head_weight, function, where, target)  # (n,)
-    return -sum_by_example(losses, packed, where)
+    """sum_t log p(token_t | tokens before it) over the supervised tokens of each example of a packed row: (S,) fp32."""
+    (where, target), function = packed.supervised(), partial(negative_log_likelihood, temperature=temperature)
+    return -sum_by_example(per_token(model.hidden(packed), model.head_weight, function, where, target), packed, where)
 
 
 def sum_by_example(values: torch.Tensor, packed: "Packed", where: torch.Tensor) -> torch.Tensor:
     """Sums over each of the S examples of a packed row of the values (n, ...) at its positions `where`: (S, ...)."""
-    lengths = torch.tensor(packed.lengths, device=values.device)
-    segment = torch.repeat_interleave(lengths)[where]  # (n,) number of the example that a token belongs to
-    return values.new_zeros(len(lengths), *values.shape[1:]).index_add(0, segment, values)
+    segment = torch.repeat_interleave(torch.tensor(packed.lengths, device=values.device))[where]  # (n,) number of the example
+    return values.new_zeros(len(packed.lengths), *values.shape[1:]).index_add(0, segment, values)
 
 
 def negative_log_likelihood(logits: torch.Tensor, target: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

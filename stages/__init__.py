@@ -33,4 +33,5 @@ from types import ModuleType
 
 def list_stages() -> dict[str, ModuleType]:
     """Stage name -> its module."""
-    return {info.name: importlib.import_module(f"stages.{info.name}") for info in pkgutil.iter_modules(__path__)}
+    names = [info.name for info in pkgutil.iter_modules(__path__) if info.name != "__main__"]
+    return {name: importlib.import_module(f"stages.{name}") for name in names}

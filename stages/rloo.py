@@ -10,7 +10,7 @@ the ratio needs in the very arithmetic of training; a sampler's differ in their 
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +90,9 @@ class Stage(sft.Stage):
         super().__init__(flags, model, max_length)
         self.flags, self.num_answers = flags, flags.num_samples
         self.judge = find_reward(flags.reward)
-        self.reference = reference_of(model, copy=True) if flags.kl_beta else None
-        if self.reference and reference_of(model) is None:  # the weights themselves are trained: a second set of them
+        self.reference = reference_of(model) if flags.kl_beta else None
+        if flags.kl_beta and self.reference is None:  # the weights themselves are trained: a second set of them is held
+            self.reference = reference_of(model, copy=True)
             self.held_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
     @property
@@ -105,6 +106,10 @@ class Stage(sft.Stage):
         prompt = self.family.encode_prompt(record.messages, record.tools)
         prompt.id, prompt.where = record.id, record.where
         return Question(prompt, record)
+
+    def prepare(self, run: Any) -> None:
+        """A resumed run must sample answers as long as before."""
+        run.identity["max_new_tokens"] = run.config.max_new_tokens
 
     def sequences(self, row: "Question | Example") -> list["Example"]:
         return [getattr(row, "prompt", row)]
@@ -123,7 +128,7 @@ class Stage(sft.Stage):
         replies, examples = self.sample(run, questions)
         scores = self.rewards(replies)
         sampled = time.perf_counter()
-        logprobs, entropies, references = self.score(run, examples)
+        logprobs, entropies, references = halving(run.state, "micro_tokens", lambda: self.score(run, examples))
         kl = [ours - theirs for ours, theirs in zip(logprobs, references, strict=True)]
         rewards = [values["score"] - self.flags.missing_eos_penalty * (not reply.stopped)
                    for values, reply in zip(scores, replies, strict=True)]  # fmt: skip
@@ -135,10 +140,12 @@ class Stage(sft.Stage):
             masked = self.flags.mask_truncated_completions and not reply.stopped
             example.values = {
                 "advantage": 0.0 if masked else found[number], "old_logprob": logprobs[number], "reward": rewards[number],
-                "reward_spread": spreads[number], "no_signal": float(spreads[number] == 0), "kl": kl[number],
+                "reward_spread": spreads[number], "no_signal": float(spreads[number] == 0),
                 "entropy": entropies[number] / example.num_supervised, "answer_tokens": float(example.num_supervised),
                 "stop_rate": float(reply.stopped), "sampling_seconds": sampled - started, "scoring_seconds": scored - sampled,
-            } | {f"reward_{name}": float(scores[number][name]) for name in sorted(shared)}  # fmt: skip
+            }  # fmt: skip
+            example.values |= {"kl": kl[number]} if self.reference else {}
+            example.values |= {f"reward_{name}": float(scores[number][name]) for name in sorted(shared)}
         if run.journal is not None:
             self.write_samples(run, replies, examples)
         return [examples] * self.flags.num_iterations
@@ -148,17 +155,9 @@ class Stage(sft.Stage):
         of weights, seed and step, so that a resumed run samples what the run would have."""
         from data.batches import hash_seed
         from eval.evaluate import reply_to
-        from training.guards import is_out_of_memory
 
-        seed, prompts, answers = hash_seed(run.config.seed, run.state.step), [q.prompt for q in questions], None
-        while answers is None:
-            try:
-                answers = self.answer(run, prompts, seed)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or run.state.cache_tokens <= self.num_answers:
-                    raise
-                run.state.cache_tokens //= 2
-                print(f"out of memory: answers are sampled with {run.state.cache_tokens} positions at a time")
+        seed, prompts = hash_seed(run.config.seed, run.state.step), [question.prompt for question in questions]
+        answers = halving(run.state, "cache_tokens", lambda: self.answer(run, prompts, seed))
         asked = [question for question in questions for _ in range(self.num_answers)]
         pairs = list(zip(asked, answers, strict=True))
         return [reply_to(self.family, q.record, q.prompt, q.prompt, a) for q, a in pairs], [self.join(q, a) for q, a in pairs]
@@ -236,7 +235,7 @@ class Stage(sft.Stage):
             for reply, example in list(zip(replies, examples, strict=True))[: self.num_answers]:
                 line = {"when": "rollout", "step": run.state.step + 1, "id": reply.id, "prompt": reply.prompt,
                         "response": reply.response, "label": reply.label, "stopped": reply.stopped}  # fmt: skip
-                line |= {name: example.values[name] for name in ("reward", "advantage", "kl", "answer_tokens")}
+                line |= {name: example.values[name] for name in ("reward", "advantage", "answer_tokens")}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     # ---- the loss -----------------------------------------------------------------------------------------------------
@@ -254,6 +253,22 @@ class Stage(sft.Stage):
         gain = (ratio * values["advantage"]).minimum(ratio.clamp(1 - reach, 1 + reach) * values["advantage"])
         figures = {name: value.sum() / total for name, value in values.items() if name not in NOT_SHOWN}
         return -gain.sum() / total, figures | {"clipped": ((ratio.detach() - 1).abs() > reach).sum() / total}
+
+
+def halving(state: Any, name: str, work: Callable[[], Any]) -> Any:
+    """work(), again with half as many positions at once (state.name) as often as the memory does not do."""
+    from training.guards import is_out_of_memory
+
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if getattr(state, name) < 2:
+            raise UserError("out of memory with the answers to one prompt; lower --num_samples or --max_new_tokens")
+        setattr(state, name, getattr(state, name) // 2)
+        print(f"out of memory: answers are sampled and scored again with {name} {getattr(state, name)}")
 
 
 def advantages(rewards: "torch.Tensor", kind: str) -> "torch.Tensor":

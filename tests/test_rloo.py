@@ -14,9 +14,12 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
+import data.__main__ as data_door
+import stages.__main__ as pipeline
 import train
 from data.errors import UserError
 from data.records import open_records
+from eval.preferences import pair_up
 from lora import adapter
 from model import load_model
 from model.tiny import write_tiny
@@ -242,8 +245,18 @@ def test_memory_that_does_not_do_for_the_cache(tmp_path, base, rows, monkeypatch
     assert [e.input_ids.tolist() for e in found] == [e.input_ids.tolist() for e in expected]
     assert run.state.cache_tokens == 87 and "out of memory" in capsys.readouterr().out
     limit = 0
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(UserError, match="lower --num_samples"):
         stage.collect(run, questions)
+    monkeypatch.undo()
+    run, stage, questions = open_run(tmp_path, base, rows, options)
+    score = stage.score
+
+    def scarce_too(run, examples):
+        return score(run, examples) if run.state.micro_tokens < 99 else torch.empty(2**60)  # more than there is
+
+    monkeypatch.setattr(stage, "score", scarce_too)
+    [found] = stage.collect(run, questions)
+    assert [e.values["kl"] for e in found] == pytest.approx([e.values["kl"] for e in expected], abs=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -253,6 +266,7 @@ def test_the_loss_equals_a_numpy_oracle(tmp_path, base, rows, temperature):
     run, stage, questions = open_run(tmp_path, base, rows, options)
     assert stage.reference is None
     [examples] = stage.collect(run, questions)
+    assert all("kl" not in example.values for example in examples)
     source, gains, beyond = np.random.default_rng(0), [], 0
     for example in examples:
         logprob, _ = answer_numbers(run.model, example, temperature)
@@ -420,3 +434,66 @@ def test_the_plan_holds_the_cache_and_the_reference(tmp_path, base):
 def test_recipes(name):
     config = read_config(["--config", str(ROOT / f"configs/qwen2.5-0.5b-rloo-{name}.yaml"), "--data_path", "r.jsonl"], FLAGS)
     assert config.stage == "rloo" and config.stage_options.num_samples >= 4 and config.max_new_tokens >= 512
+
+
+# ---- preferences of a model's own answers ---------------------------------------------------------------------------------
+
+
+def test_pairs_of_own_answers(monkeypatch, tmp_path, base, rows, capsys):
+    """The best finished answer against the worst, as rows that DPO takes; not cut ones, nor without a winner."""
+    lines = [{"where": where, "stopped": stopped, "score": score, "response": text} for where, stopped, score, text in (
+        ("a:1", True, 0.1, "poor"), ("a:1", True, 1.0, "good"), ("a:1", False, 2.0, "cut"), ("a:1", True, 0.5, "fair"),
+        ("a:2", True, 0.5, "same"), ("a:2", True, 0.5, "as good"), ("a:3", False, 0.0, "cut"), ("a:3", True, 1.0, "alone"),
+    )]  # fmt: skip
+    turns = [{"role": "user", "content": "?"}]
+    records = [SimpleNamespace(id=f"r{n}", where=f"a:{n}", messages=turns) for n in (1, 2, 3, 4)]
+    [pair] = pair_up(records, lines)
+    assert (pair["id"], pair["chosen"][-1]["content"], pair["rejected"][-1]["content"]) == ("r1", "good", "poor")
+    assert pair["chosen"][:-1] == pair["rejected"][:-1] == turns
+
+    arguments = ["--model", base, "--prompts", rows, "--output_dir", tmp_path, "--max_new_tokens", 60, "--temperature", 2.0]
+    monkeypatch.setattr(sys, "argv", ["data", "make", "preferences", *map(str, arguments), "--reward", "test_rloo:checksum"])
+    bias_to_stop(monkeypatch)
+    data_door.main()
+    found = open_records(tmp_path / "preferences.jsonl", takes=("preference",))
+    assert f"{len(found)} pairs of 10 prompts" in capsys.readouterr().out and len(found) >= 5
+    for index in range(len(found)):
+        chosen, rejected = (SimpleNamespace(response=side[-1]["content"]) for side in found[index].conversations)
+        assert checksum(chosen)["score"] > checksum(rejected)["score"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--num_samples", "1"])
+    with pytest.raises(UserError, match="at least 2"):
+        data_door.main()
+
+
+def bias_to_stop(monkeypatch) -> None:
+    """A random model hardly ever stops: have every answer stop with one chance in four."""
+    import eval.generate
+
+    choose = eval.generate.choose
+
+    def often_stops(logits, uniform, **settings):
+        tokens, values = choose(logits, uniform, **settings)
+        return tokens.where(uniform > 0.25, torch.full_like(tokens, 256)), values
+
+    monkeypatch.setattr(eval.generate, "choose", often_stops)
+
+
+# ---- the stages in a row --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_tiny_model_learns_by_reward(tmp_path, capfd, monkeypatch):
+    """SFT, DPO and RLOO by one command: held-out problems are solved more often after each, and answers still stop."""
+    fewer = [50 if part == 80 else part for part in pipeline.SETTINGS["rloo"]]  # updates, for the test's sake
+    monkeypatch.setitem(pipeline.SETTINGS, "rloo", fewer)
+    pipeline.run_pipeline(tmp_path, 0, "cpu")
+    lines = capfd.readouterr().out.splitlines()[-4:]
+    assert [line.rsplit(" ", 3)[0] for line in lines] == ["held-out problems solved", "sft loss", "dpo accuracy", "rloo reward"]
+    for name in ("initial", "sft", "dpo", "rloo", "final"):
+        assert (tmp_path / name / "journal.jsonl").exists() and (tmp_path / name / "model" / "config.json").exists()
+    found = [r for r in read_journal(tmp_path / "rloo" / "journal.jsonl") if r.get("event") == "eval"]
+    assert found[-1]["correct"] >= found[0]["correct"] + 0.15 and found[-1]["stop_rate"] >= 0.95
+    loss = [r["loss"] for r in steps_of(tmp_path / "sft")]
+    assert lines[1] == f"sft loss {loss[0]:.3f} -> {loss[-1]:.3f}"
+    pipeline.run_pipeline(tmp_path, 0, "cpu")  # nothing is run again
+    assert capfd.readouterr().out.splitlines() == lines
