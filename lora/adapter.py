@@ -269,9 +269,8 @@ def trainable_table(model: Model) -> list[Row]:
     return rows
 
 
-def table_text(model: Model) -> str:
-    """The table as it is printed before training, with a line for the whole."""
-    rows = trainable_table(model)
+def table_text(rows: list[Row]) -> str:
+    """trainable_table() as it is printed before training, with a line for the whole."""
     rows = [*rows, ("all", sum(row[1] for row in rows), sum(row[2] for row in rows))]
     lines = [f"{part:<10} {some:>15,} of {total:>15,}  {some / max(total, 1):8.3%}" for part, some, total in rows]
     return "\n".join(["trained parameters", *lines])

@@ -111,6 +111,9 @@ class Stage(sft.Stage):
         """A resumed run must sample answers as long as before."""
         run.identity["max_new_tokens"] = run.config.max_new_tokens
 
+    def sequences(self, row: "Question | Example") -> list["Example"]:
+        return [getattr(row, "prompt", row)]
+
     def denominator(self, answers: Iterable["Example"]) -> float:
         """Sampled answers of a step, those without a loss included."""
         return float(sum(1 for _ in answers))

@@ -15,7 +15,6 @@ The journal's events that this page shows (each has a step; all are optional):
 
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from html import escape
 from itertools import cycle
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from training.journal import read_journal
 from training.memory import size_text
-from training.page import CSS, Markup, Points, chart, clock, embed, legend, smooth, table
+from training.page import Markup, Points, chart, clock, embed, legend, smooth, table, write_page
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,17 +89,10 @@ def read_report(folder: str | Path) -> Report:
 
 
 def write_report(path: str | Path, report: Report) -> None:
-    """Write the page in one go (temporary file, rename): a reader never sees half a page."""
+    """Write report.html."""
     sections = [header(report), curves(report), time_spent(report), forecast_and_fact(report), tables(report),
                 samples(report.samples), bad_rows(report), skipped_steps(report), configuration(report)]
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser itself keeps the page offline
-    page = ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-            f"<title>{escape(report.name)}: training report</title><style>{CSS}</style></head><body><main>\n"
-            + "\n".join(filter(None, sections)) + "\n</main></body></html>\n")
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    os.replace(temporary, path)
+    write_page(path, f"{report.name}: training report", sections)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
