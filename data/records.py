@@ -59,7 +59,10 @@ class Record:
 
     @property
     def conversations(self) -> list[list[dict]]:
-        """What runs through the network for this row: its messages, and those of the rejected answer if it has one."""
+        """What runs through the network for this row: its messages, and those of the rejected answer if it has one; an
+        answer that a problem lacks as yet is empty."""
+        if self.kind == "problem":
+            return [[*self.messages, {"role": "assistant", "content": ""}]]
         return [self.messages] if self.rejected is None else [self.messages, self.rejected]
 
     def num_text_bytes(self) -> int:

@@ -56,8 +56,8 @@ def test_log_probabilities_and_entropies(folder):
 def test_kl_and_advantages(folder):
     tensors, facts = golden(folder)
     facts, mask = facts["rloo"], tensors["rloo.completion_mask"].bool()
-    old, ref = ((tensors[f"rloo.{name}_token_logps"].double() * mask).sum(1) for name in ("on_policy.policy", "ref"))
-    old = torch.tensor(facts["ratio"]["old_logps"], dtype=torch.float64) if "kl_of_old" in facts else old
+    old, ref = ((tensors[f"rloo.{name}_token_logps"].double() * mask).sum(1) for name in ("old", "ref"))
+    assert (old - ref).tolist() == pytest.approx(facts["kl"], abs=1e-4)
     rewards, k = torch.tensor(facts["rewards"], dtype=torch.float64), facts["samples_per_prompt"]
     assert advantages(rewards, "loo").flatten().tolist() == pytest.approx(sum(facts["advantages_without_kl"], []), abs=1e-9)
     found = shaped_advantages(rewards.flatten().tolist(), facts["kl"], flags_of(facts))

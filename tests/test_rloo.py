@@ -19,6 +19,7 @@ import stages.__main__ as pipeline
 import train
 from data.errors import UserError
 from data.records import open_records
+from data.rows import open_rows
 from eval.preferences import pair_up
 from lora import adapter
 from model import load_model
@@ -412,6 +413,14 @@ def test_settings_of_the_stage(monkeypatch, tmp_path, base, capsys):
         run(monkeypatch, *flags(base, path, tmp_path / "out"))
     with pytest.raises(UserError, match="--reward no_such"):
         run(monkeypatch, *flags(base, path, tmp_path / "out", "--reward", "no_such"))
+
+
+def test_lengths_count_what_is_asked(tmp_path, base, rows):
+    """The words that open an answer included, so that a packed row has room for what is sampled after them."""
+    config = read_config([*map(str, flags(base, rows, tmp_path))], FLAGS)
+    _, stage, questions = open_run(tmp_path, base, rows, Flags("text"))
+    longest = open_rows(config, stage.family, tmp_path, takes=Stage.takes).lengths.longest
+    assert max(map(len, questions)) < longest <= max(map(len, questions)) + 2
 
 
 def test_the_plan_holds_the_cache_and_the_reference(tmp_path, base):
