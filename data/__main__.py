@@ -35,7 +35,7 @@ class Lesson:
 
 
 LESSONS = [Lesson("cell", 150, 32, 2e-3), Lesson("piece", 900, 64, 1.5e-3), Lesson("screen", 600, 48, 1.5e-3),
-           Lesson("base", 900, 48, 1.5e-3)]  # fmt: skip
+           Lesson("base", 900, 48, 1.5e-3), Lesson("read", 400, 48, 1e-3)]  # fmt: skip
 HELD_OUT = 400
 SETTINGS = [
     "--weight_decay", "0.05", "--adam_beta2", "0.95", "--epochs", "1", "--save_every", "200", "--eval_every", "no",
