@@ -1,8 +1,10 @@
-"""`python -m data`: rows fetched, converted, made.
+"""`python -m data`: rows shown, fetched, converted, made.
 
+    python -m data show --base_model DIR --data_path ROWS --output_dir DIR     some rows as the model gets them
     python -m data download NAME                                       a data set of the recipes, into data/raw/NAME
     python -m data convert guicourse --input_dir DIR --output_dir DIR  GUICourse's published files as rows
     python -m data make countdown --num N --output_dir DIR             Countdown problems with exact answers
+    python -m data make preferences --model DIR --prompts FILE --reward NAME --output_dir DIR   pairs of its own answers
     python -m data demo --rows N --output_dir DIR                      rows of the built-in task, and how to train on them
     python -m data demo_base --output_dir DIR                          the base of the built-in task, from random weights
 
@@ -16,12 +18,16 @@ import argparse
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from data import convert, download, make
 from data.errors import UserError, command
-from training.options import Parser
+from eval import preferences
+from stages import list_stages
+from training.config import Config, fields_of, settle
+from training.options import Parser, add_flag
 
 
 @dataclass
@@ -45,20 +51,97 @@ SETTINGS = [
 
 
 def main() -> None:
-    parser = Parser(prog="python -m data", description="Rows fetched, converted, made.")
+    parser = Parser(prog="python -m data", description="Rows shown, fetched, converted, made.")
     doors = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text, add_flags, run in (
+        ("show", "print some rows as the model gets them, and write show.html", add_show_flags, show_rows),
         ("download", "fetch a data set of the recipes", download.add_flags, download.run),
         ("convert", "make rows of the files that GUICourse's authors publish", convert.add_flags, convert.run),
-        ("make", "draw a data set: Countdown problems with exact answers", make.add_flags, make.make_countdown),
+        ("make", "make a data set: Countdown problems, or pairs of a model's own answers", add_made, None),
         ("demo", "write rows of the built-in task, and its held-out rows", add_demo_flags, make_demo_rows),
         ("demo_base", "make the built-in task's base again, from random weights", add_base_flags, make_base),
     ):
         door = doors.add_parser(name, help=text, description=text)
         add_flags(door)
-        door.set_defaults(run=run)
+        if run:
+            door.set_defaults(run=run)
     flags = parser.parse_args()
     flags.run(flags)
+
+
+def add_made(parser: argparse.ArgumentParser) -> None:
+    """The data sets that `python -m data make` makes."""
+    names = parser.add_subparsers(required=True, metavar="NAME")
+    for name, text, add_flags, run in (
+        ("countdown", "Countdown problems with exact answers", make.add_flags, make.make_countdown),
+        ("preferences", "pairs of a model's own answers, by a reward", preferences.add_flags, preferences.make_preferences),
+    ):
+        door = names.add_parser(name, help=text, description=text)
+        add_flags(door)
+        door.set_defaults(run=run)
+
+
+# ---- showing ----------------------------------------------------------------------------------------------------------
+
+SHOW_FLAGS = (  # as in train.py
+    "base_model", "data_path", "output_dir", "stage", "max_pixels", "box_format", "labels", "tool_template", "on_bad_row",
+    "image_root", "allow_outside_images", "prompt_template", "response_template", "image_column",
+)  # fmt: skip
+SHOWN_OTHERWISE = {
+    "output_dir": "show.html goes here",
+    "stage": "take the rows of this stage alone; default: rows of every kind",
+}
+
+
+def add_show_flags(parser: Parser) -> None:
+    parser.set_defaults(said=[])
+    for name in SHOW_FLAGS:
+        flag = add_flag(parser, name, fields_of(Config)[name])
+        flag.help = SHOWN_OTHERWISE.get(name, flag.help)
+    parser.add_argument("--rows", default="3", metavar="N|NAMES", help="how many, from the longest to the shortest, or which: "
+                        "their ids, or places such as rows.jsonl:17, commas between (default 3)")  # fmt: skip
+
+
+def show_rows(flags: argparse.Namespace) -> None:
+    """Print rows with their tokens marked, and write the page. Raises UserError for what cannot be opened or encoded."""
+    config, takes = read_settings(flags, "python -m data show")
+    from data.boxes import boxes_of
+    from data.explain import explain_rows
+    from data.records import open_records
+    from data.rows import measure_rows
+    from data.template import make_template
+    from model import resolve
+    from model.family import Options, find_family
+    from training.page import write_page
+    from training.show import CSS, choose_rows, encode_row, page_sections
+
+    options = Options(config.max_pixels, config.tool_template, config.labels, box_format=config.box_format)
+    family = find_family(resolve(config.base_model), options)
+    template = make_template(config.prompt_template, config.response_template, config.image_column)
+    places = config.image_root, config.allow_outside_images
+    records = open_records(config.data_path, *places, config.on_bad_row, takes, template, boxes_of(family))
+    chosen = [records[index] for index in choose_rows(records, measure_rows(records, config, family), flags.rows)]
+    rows = [(record, encode_row(family, record)) for record in chosen]
+    print(explain_rows([example for _, examples in rows for example in examples], family.tokenizer, 4000 * len(rows)))
+    path = Path(config.output_dir) / "show.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_page(path, "Rows as the model gets them", page_sections(family, rows), CSS)
+    print(f"page {path}")
+
+
+def read_settings(flags: argparse.Namespace, program: str) -> tuple[Config, Collection[str]]:
+    """The settings among the flags, and the kinds of row that are taken. UserError where one that is needed is missing."""
+    from data.records import KINDS
+
+    stages = list_stages()
+    said = settle(flags.said, "sft", {name: module.Flags for name, module in stages.items()})
+    for name in ("base_model", "data_path", "output_dir"):
+        if name not in said:
+            raise UserError(f"--{name} is missing; {program} --base_model DIR --data_path ROWS --output_dir DIR")
+    config = Config(**{name: value.value for name, value in said.items()})
+    if config.stage not in stages:
+        raise UserError(f"--stage {config.stage}: no such stage; the stages are {', '.join(stages)}")
+    return config, stages[config.stage].Stage.takes if "stage" in said else KINDS
 
 
 # ---- the built-in task ------------------------------------------------------------------------------------------------
