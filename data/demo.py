@@ -74,7 +74,7 @@ TASKS = {
 }
 TASKS |= {
     "read": replace(TASKS["base"], read_corners=BETWEEN),
-    # what the base cannot do: find buttons on a grid with rows between the old ones
+    # what the base cannot do: find buttons of a toolbar above its grid, where it has only read them; half of them are there
     "new": Task(BUTTON_WORDS, COARSE + 3 * TOOLBAR, num_buttons=(3, 5), num_questions=5, reading=0.0, asked_corners=TOOLBAR),
 }
 
@@ -298,11 +298,10 @@ def tokenizer_text() -> list[str]:
 # ---- the demo as a run ----------------------------------------------------------------------------------------------------
 
 NUM_ROWS = 600  # of the new task
-SETTINGS = {  # of `python train.py` without arguments, over Config's defaults
+SETTINGS = {  # of `python train.py` without arguments; how it learns is left to Config's defaults
     "base_model": str(Path(__file__).parent / "demo_base"), "output_dir": "checkpoints/demo", "use_lora": True,
-    "lora_parts": ["language", "projector", "vision"], "max_steps": 200, "eval_every": "no", "save_every": "no",
-    "gradient_checkpointing": False, "lora_dropout": 0.0, "predict_with_generate": True, "eval_task": "demo",
-    "max_new_tokens": 24}
+    "gradient_checkpointing": False, "eval_every": "no", "save_every": "no", "predict_with_generate": True,
+    "eval_task": "demo", "max_new_tokens": 24}
 
 
 def unused(folder: str) -> str:
