@@ -8,9 +8,9 @@
     python -m data demo --rows N --output_dir DIR                      rows of the built-in task, and how to train on them
     python -m data demo_base --output_dir DIR                          the base of the built-in task, from random weights
 
-The base takes four lessons, each a whole run of train.py (all weights, AdamW) on screens of its own that starts from the
-weights of the lesson before: reading one word, finding one of two or three buttons in four cells, a whole screen, and a
-screen with text fields in any row. A lesson's rows are drawn before it and removed after it; one that is finished is not
+The base takes five lessons, each a whole run of train.py (all weights, AdamW) on screens of its own that starts from the
+weights of the lesson before: reading one word, finding one of two or three buttons in four cells, a whole screen, a screen
+with text fields in any row, and one with buttons to read in any row. A lesson's rows are drawn before it and removed after it; one that is finished is not
 run again.
 """
 
@@ -41,7 +41,7 @@ class Lesson:
 
 
 LESSONS = [Lesson("cell", 150, 32, 2e-3), Lesson("piece", 900, 64, 1.5e-3), Lesson("screen", 600, 48, 1.5e-3),
-           Lesson("base", 900, 48, 1.5e-3)]  # fmt: skip
+           Lesson("base", 900, 48, 1.5e-3), Lesson("read", 400, 48, 1e-3)]  # fmt: skip
 HELD_OUT = 400
 SETTINGS = [
     "--weight_decay", "0.05", "--adam_beta2", "0.95", "--epochs", "1", "--save_every", "200", "--eval_every", "no",
@@ -149,7 +149,7 @@ def read_settings(flags: argparse.Namespace, program: str) -> tuple[Config, Coll
 
 def add_demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, required=True, metavar="N",
-                        help="rows of the new task; a third as many of the old one are added")  # fmt: skip
+                        help="rows of the new task, of which the old one is a part")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the screens (0)")
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="DIR/rows is emptied and filled")
 

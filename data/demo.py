@@ -42,6 +42,8 @@ class Task:
     num_fields: tuple[int, int] = (0, 1)
     field_words: tuple[str, ...] = FIELD_WORDS
     field_corners: tuple[Corner, ...] = ()  # besides `corners`
+    read_corners: tuple[Corner, ...] = ()  # of more buttons, whose text alone is asked for
+    asked_corners: tuple[Corner, ...] = ()  # of the button that a held-out question is about; none: any
     side: int = SIDE  # pixels; the pictures of lessons are pieces of a screen, without a window
     num_questions: int = 2  # at most so many a screen
     reading: float = 0.3  # share of the buttons whose text is asked for instead of their place
@@ -58,17 +60,22 @@ class Screen:
 
 COARSE = tuple((x, y) for y in range(CELL, SIDE, CELL) for x in range(0, SIDE, CELL))
 BETWEEN = tuple((x, y + CELL // 2) for y in range(0, SIDE, CELL) for x in range(0, SIDE, CELL))
+TOOLBAR = tuple((x, CELL // 2) for x in range(0, SIDE, CELL))
 LESSON = Task(BUTTON_WORDS, COARSE, num_buttons=(2, 5))
 TASKS = {
-    # the lessons of the base, in order: one cell to read, four cells, a screen, a screen with any text in any row
+    # the lessons of the base, in order: one cell to read, four cells, a screen; then with text fields in any row, and with
+    # buttons in any row, which it learns to read there but not to find
     "cell": replace(LESSON, corners=((0, 0),), num_buttons=(1, 1), num_fields=(0, 0), side=CELL, reading=1.0),
     "piece": replace(LESSON, corners=((0, 0), (CELL, 0), (0, CELL), (CELL, CELL)), num_buttons=(2, 3), side=2 * CELL,
                      num_questions=1),
     "screen": LESSON,
     "base": replace(LESSON, num_fields=(1, 2), field_words=BUTTON_WORDS + FIELD_WORDS,
                     field_corners=BETWEEN, num_questions=3),
-    # what the base cannot do: find a button in the rows between, where it has only read text fields
-    "new": Task(BUTTON_WORDS, BETWEEN, num_buttons=(2, 4)),
+}
+TASKS |= {
+    "read": replace(TASKS["base"], read_corners=BETWEEN),
+    # what the base cannot do: find buttons of a toolbar above its grid, where it has only read them; half of them are there
+    "new": Task(BUTTON_WORDS, COARSE + 3 * TOOLBAR, num_buttons=(3, 5), num_questions=5, reading=0.0, asked_corners=TOOLBAR),
 }
 
 
@@ -83,7 +90,7 @@ def draw_screen(task: Task, source: random.Random) -> Screen:
         draw.rectangle((3, 4, SIDE - 4, 22), fill=bar)
         draw.text((10, 13), source.choice(TITLES), fill="white", font=font, anchor="lm")
     num_buttons, num_fields = source.randint(*task.num_buttons), source.randint(*task.num_fields)
-    taken = choose_corners(task.corners, num_buttons, [], source)
+    taken = choose_corners(task.corners + task.read_corners, num_buttons, [], source)
     buttons, fields = [], []
     for text, corner in zip(source.sample(task.words, num_buttons), taken, strict=True):
         box = box_at(corner)
@@ -123,6 +130,10 @@ def box_at(corner: tuple[int, int]) -> Box:
     return corner[0] + 2, corner[1] + 2, corner[0] + 2 + BUTTON_WIDTH, corner[1] + 2 + BUTTON_HEIGHT
 
 
+def corner_of(box: Box) -> Corner:
+    return box[0] - 2, box[1] - 2
+
+
 def box_text(box: Box) -> str:
     return "<box>{} {} {} {}</box>".format(*box)
 
@@ -147,7 +158,7 @@ def questions(screen: Screen, task: Task, source: random.Random) -> list[tuple[s
     anywhere else the text is asked for."""
     asked = []
     for text, box in screen.buttons + screen.fields:
-        is_placed = (box[0] - 2, box[1] - 2) in task.corners
+        is_placed = corner_of(box) in task.corners
         where = is_placed and source.random() >= task.reading
         asked.append((ask_where(text), answer_where(text, box)) if where else (ask_text(box), text))
     return source.sample(asked, min(task.num_questions, len(asked)))
@@ -165,12 +176,14 @@ def make_rows(folder: str | Path, task: str, count: int, seed: int = 0, split: s
     with path.open("a", encoding="utf-8") as file:
         for number in range(1, count + 1):
             source = random.Random(f"{task} {split} {seed} {number}")
-            screen = draw_screen(TASKS[task], source)
+            screen, asked = draw_screen(TASKS[task], source), []
             if split == "train":
                 asked = questions(screen, TASKS[task], source)
-            else:
-                word, box = screen.buttons[0]
-                asked = [(ask_where(word), answer_where(word, box))]
+            while not asked:
+                allowed = TASKS[task].asked_corners or TASKS[task].corners
+                found = [(word, box) for word, box in screen.buttons if corner_of(box) in allowed]
+                asked = [(ask_where(word), answer_where(word, box)) for word, box in found[:1]]
+                screen = screen if asked else draw_screen(TASKS[task], source)
             identity = f"{task}-{split}-{seed}-{number:05d}"
             image = f"images/{identity}.png"
             screen.picture.save(folder / image)
@@ -285,11 +298,10 @@ def tokenizer_text() -> list[str]:
 # ---- the demo as a run ----------------------------------------------------------------------------------------------------
 
 NUM_ROWS = 600  # of the new task
-SETTINGS = {  # of `python train.py` without arguments, over Config's defaults
+SETTINGS = {  # of `python train.py` without arguments; how it learns is left to Config's defaults
     "base_model": str(Path(__file__).parent / "demo_base"), "output_dir": "checkpoints/demo", "use_lora": True,
-    "lora_parts": ["language", "projector", "vision"], "max_steps": 200, "eval_every": "no", "save_every": "no",
-    "gradient_checkpointing": False, "lora_dropout": 0.0, "predict_with_generate": True, "eval_task": "demo",
-    "max_new_tokens": 24}
+    "gradient_checkpointing": False, "eval_every": "no", "save_every": "no", "predict_with_generate": True,
+    "eval_task": "demo", "max_new_tokens": 24}
 
 
 def unused(folder: str) -> str:
@@ -299,13 +311,10 @@ def unused(folder: str) -> str:
 
 
 def make_demo(folder: str | Path, num_rows: int, seed: int) -> tuple[Path, Path, Path]:
-    """Draw the demo's rows into a folder that is emptied first: to train on, `num_rows` of the new task and a third as many
-    of the old one, which keep the model from forgetting it; and 200 unseen screens of each task to answer before and after,
-    the new one (demo.jsonl) and the old one (old.jsonl)."""
+    """Draw the demo's rows into a folder that is emptied first: `num_rows` of the new task to train on, and 200 unseen screens
+    to answer before and after of the new task (demo.jsonl) and of the old one (old.jsonl)."""
     shutil.rmtree(folder, ignore_errors=True)
-    train = make_rows(folder, "new", num_rows, seed, name="train")
-    make_rows(folder, "base", num_rows // 3, seed, name="train")
-    return (train, make_rows(folder, "new", 200, seed, "held_out", "demo"),
+    return (make_rows(folder, "new", num_rows, seed, name="train"), make_rows(folder, "new", 200, seed, "held_out", "demo"),
             make_rows(folder, "base", 200, seed, "held_out", "old"))
 
 

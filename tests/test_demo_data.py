@@ -84,21 +84,26 @@ def test_boxes_are_inside_disjoint_and_hold_what_is_asked_for(task):
             assert num_white >= 10, f"no text on the button {word}"
 
 
-def test_the_new_task_has_its_buttons_where_the_old_one_has_none():
+def test_the_new_task_holds_the_old_one_and_asks_for_what_no_lesson_did():
     base, new = demo.TASKS["base"], demo.TASKS["new"]
-    assert not set(base.corners) & set(new.corners)
-    assert new.words == base.words
+    assert set(base.corners) < set(new.corners) and new.words == base.words
+    assert not set(base.corners) & set(new.asked_corners)
+    source = random.Random(1)
+    for lesson in ("screen", "base", "read"):
+        for _ in range(100):
+            for question, answer in demo.questions(demo.draw_screen(demo.TASKS[lesson], source), demo.TASKS[lesson], source):
+                assert "where" not in question or corner_of(answer) in demo.COARSE
 
 
-def test_the_demos_rows_hold_both_tasks_and_the_held_out_rows_one_each(tmp_path):
+def test_the_demos_rows_and_the_held_out_rows_of_each_task(tmp_path):
     train, new, old = map(read_rows, demo.make_demo(tmp_path, 60, seed=1))
-    assert (len(train), len(new), len(old)) == (80, 200, 200) and len({row["id"] for row in train + new + old}) == 480
+    assert (len(train), len(new), len(old)) == (60, 200, 200) and len({row["id"] for row in train + new + old}) == 460
     pixels = [pixels_of(rows, tmp_path) for rows in (train, new, old)]
-    assert sum(map(len, pixels)) == len(set.union(*pixels)) == 480
-    between = [{corner_of(turn["content"]) in demo.BETWEEN for row in rows for turn in row["messages"][1::2]
-                if demo.parse_box(turn["content"])} for rows in (train, new, old)]
-    assert between == [{True, False}, {True}, {False}]
-    assert len(read_rows(demo.make_demo(tmp_path, 6, seed=1)[0])) == 8  # a second call starts anew
+    assert sum(map(len, pixels)) == len(set.union(*pixels)) == 460
+    in_toolbar = [{corner_of(turn["content"]) in demo.TOOLBAR for row in rows for turn in row["messages"][1::2]
+                   if demo.parse_box(turn["content"])} for rows in (train, new, old)]
+    assert in_toolbar == [{True, False}, {True}, {False}]
+    assert len(read_rows(demo.make_demo(tmp_path, 6, seed=1)[0])) == 6  # a second call starts anew
 
 
 def test_the_command_writes_the_rows_of_the_demo_itself(tmp_path, capsys, monkeypatch):
