@@ -1,5 +1,6 @@
-"""`python -m data`: rows fetched, converted, made.
+"""`python -m data`: rows checked, fetched, converted, made.
 
+    python -m data check --base_model DIR --data_path ROWS --output_dir DIR   every row and picture, before a run
     python -m data download NAME                                       a data set of the recipes, into data/raw/NAME
     python -m data convert guicourse --input_dir DIR --output_dir DIR  GUICourse's published files as rows
     python -m data make countdown --num N --output_dir DIR             Countdown problems with exact answers
@@ -21,7 +22,9 @@ from pathlib import Path
 
 from data import convert, download, make
 from data.errors import UserError, command
-from training.options import Parser
+from stages import list_stages
+from training.config import Config, fields_of, settle
+from training.options import Parser, add_flag
 
 
 @dataclass
@@ -44,10 +47,24 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def main() -> None:
-    parser = Parser(prog="python -m data", description="Rows fetched, converted, made.")
+CHECK_FLAGS = (  # as in train.py
+    "base_model", "data_path", "output_dir", "stage", "max_length", "max_text_length", "max_pixels", "tool_template",
+    "image_root", "allow_outside_images", "prompt_template", "response_template", "image_column", "num_workers",
+)  # fmt: skip
+
+OTHERWISE = {
+    "output_dir": "bad_rows.jsonl and summary.json go here",
+    "stage": "take the rows of this stage alone; default: rows of every kind",
+    "max_length": "positions of one example at most, pictures included (default auto: any number)",
+    "num_workers": "processes that look at rows and decode pictures (default 2)",
+}
+
+
+def main() -> int | None:
+    parser = Parser(prog="python -m data", description="Rows checked, fetched, converted, made.")
     doors = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text, add_flags, run in (
+        ("check", "look at every row and picture as training will", add_check_flags, check_rows),
         ("download", "fetch a data set of the recipes", download.add_flags, download.run),
         ("convert", "make rows of the files that GUICourse's authors publish", convert.add_flags, convert.run),
         ("make", "draw a data set: Countdown problems with exact answers", make.add_flags, make.make_countdown),
@@ -58,7 +75,48 @@ def main() -> None:
         add_flags(door)
         door.set_defaults(run=run)
     flags = parser.parse_args()
-    flags.run(flags)
+    return flags.run(flags)
+
+
+# ---- checking ---------------------------------------------------------------------------------------------------------
+
+
+def add_check_flags(parser: Parser) -> None:
+    """The settings of train.py that decide which rows it takes, under their own names and checks."""
+    known = fields_of(Config)
+    parser.set_defaults(said=[])
+    for name in CHECK_FLAGS:
+        flag = add_flag(parser, name, known[name])
+        flag.help = OTHERWISE.get(name, flag.help)
+
+
+def check_rows(flags: argparse.Namespace) -> int:
+    """Look at all rows and say what they are; returns 1 if there is a problem with one, else 0."""
+    stages = list_stages()
+    settled = settle(flags.said, "sft", {name: module.Flags for name, module in stages.items()})
+    said = {name: said.value for name, said in settled.items()}
+    for name in ("base_model", "data_path", "output_dir"):
+        if not said.get(name):
+            raise UserError(f"--{name} is missing; python -m data check --base_model DIR --data_path ROWS --output_dir DIR")
+    if said.get("stage", "sft") not in stages:
+        raise UserError(f"--stage {said['stage']}: no such stage; the stages are {', '.join(stages)}")
+    from data.check import check
+    from data.records import KINDS, open_records
+    from data.template import make_template
+    from model import resolve
+    from model.family import Options, find_family
+
+    config = Config(**said)
+    takes = stages[config.stage].Stage.takes if "stage" in said else KINDS
+    template = make_template(config.prompt_template, config.response_template, config.image_column)
+    family = find_family(resolve(config.base_model), Options(config.max_pixels, config.tool_template))
+    places = config.image_root, config.allow_outside_images
+    records = open_records(config.data_path, *places, "skip", takes, template, keep_index=False)
+    limit = None if config.max_length == "auto" else config.max_length
+    folder = Path(config.output_dir)
+    survey = check(records, family, folder, limit, config.max_text_length, config.num_workers)
+    print(survey.page(shutil.get_terminal_size((160, 40)).columns, folder / "bad_rows.jsonl"))
+    return 1 if survey.bad else 0
 
 
 # ---- the built-in task ------------------------------------------------------------------------------------------------

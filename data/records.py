@@ -213,6 +213,11 @@ class Records:
         part = bisect_right(self._ends, index)
         return self.parts[part].read(index - self.numbers[part].start)
 
+    def place(self, index: int) -> tuple[int, int]:
+        """(number of its part, its number there) of row `index`."""
+        part = bisect_right(self._ends, index)
+        return part, self.parts[part].numbers[index - self.numbers[part].start]
+
     def refuse(self, listed: str = "") -> None:
         """Raise the UserError of the bad rows; `listed` is a clause that says where all of them are written down."""
         hint = "correct them" + ", or pass --on_bad_row skip to go on without them" * bool(len(self))
@@ -240,15 +245,17 @@ def open_records(
     on_bad_row: str = "stop",
     takes: Collection[str] = KINDS,
     template: Template | None = None,
+    keep_index: bool = True,
 ) -> Records:
     """Every row of what `path` names (see data/sources.py), checked; pictures lie below image_root, or, without one,
     below the folder of their file.
 
     takes: the kinds of row that are good, as a stage names them. template: the run's words for the rows of a table.
+    keep_index: whether a file may be left beside the rows for the next run (data/index.py).
     UserError for what cannot be read or holds no row, and for a bad row if on_bad_row is "stop". With "skip" the good
     rows come back, even if there are none.
     """
-    records = read_sources(open_sources(path), image_root, allow_outside_images, takes, template)
+    records = read_sources(open_sources(path), image_root, allow_outside_images, takes, template, keep_index)
     if records.bad and on_bad_row == "stop":
         records.refuse()
     return records
@@ -260,13 +267,14 @@ def read_sources(
     allow_outside_images: bool = False,
     takes: Collection[str] = KINDS,
     template: Template | None = None,
+    keep_index: bool = True,
 ) -> Records:
     """Check every row of the sources. UserError for a source that cannot be read or holds no row."""
     if image_root is not None and not os.path.isdir(image_root):
         raise UserError(f"--image_root {image_root} is not a folder")
     parts = [Part(source, image_root, allow_outside_images, takes, template) for source in sources]
     for part in parts:
-        index.fill(part)
+        index.fill(part, keep_index)
         if not part.numbers and not part.bad:
             raise UserError(f"{part.source.path} holds no rows")
     return Records(parts)

@@ -1,0 +1,165 @@
+"""Boxes and points in text: read in every spelling, and rewritten from what a data set counts to what a model counts.
+
+Every data set writes boxes its own way, and a model that was trained on one and asked in the words of another mixes
+them, so all spellings are read: `<box>a b c d</box>` with blanks, commas or `(a,b),(c,d)`; `box=[[a,b,c,d]]`; a bare
+`[a, b, c, d]` or `(a,b),(c,d)`; Qwen's `<|box_start|>` and `"point_2d": [a, b]`; `<point>a b</point>`, a box without
+extent; a text that is nothing but `(a, b)`. What the numbers count no text says: a run does, with --box_format.
+
+Rewriting rounds to whole numbers, so a box stands within half a unit of what it is written in of where it stood.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import starmap
+
+from data.turns import Problem, parts_of, short
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 with x1 <= x2 and y1 <= y2
+FORMATS = "keep thousandths fractions pixels"  # of --box_format: what the rows' boxes count
+
+NUMBER = r"-?\d+(?:\.\d+)?"
+PAIR = rf"\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)"
+SPELLINGS = re.compile(
+    r"<(?P<tag>box|point)>[^<]*</(?P=tag)>"
+    r"|<\|box_start\|>[^<]*<\|box_end\|>"
+    rf"|(?P<named>\bbox=)?(?P<twice>\[)?\[\s*{NUMBER}(?:[\s,]+{NUMBER}){{3}}\s*\](?(twice)\])"
+    rf"|{PAIR}\s*,\s*{PAIR}"
+    rf'|"point_2d"\s*:\s*\[\s*{NUMBER}\s*,\s*{NUMBER}\s*\]'
+    rf"|\A\s*{PAIR}\s*\Z"
+)
+
+
+def parse_boxes(text: str) -> list[Box]:
+    """All boxes and points of a text in reading order; a tag with another count of numbers than 4 or 2 is none."""
+    found = (read_numbers(match) for match in SPELLINGS.finditer(text))
+    return [(min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)) for x1, y1, x2, y2 in filter(None, found)]
+
+
+def strip_boxes(text: str) -> str:
+    """The text without its boxes and points."""
+    return SPELLINGS.sub(" ", text)
+
+
+def read_numbers(match: re.Match) -> list[float]:
+    """x1, y1, x2, y2 of one match of SPELLINGS, in the order in which they are written; [] where it is no box."""
+    numbers = [float(n) if "." in n else int(n) for n in re.findall(NUMBER, match[0].replace("point_2d", ""))]
+    numbers = numbers * 2 if len(numbers) == 2 else numbers
+    return numbers if len(numbers) == 4 else []
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How a model was taught boxes: what they count, "pixels" of the picture as it sees it or "thousandths" of its sides,
+    up to what number; and its words for a box and a point, by which marked ones are replaced ("": the row's words stay)."""
+
+    unit: str
+    box: str = ""  # for str.format, of the numbers x1, y1, x2, y2
+    point: str = ""
+    most: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class BoxRule:
+    """What the boxes of one run's text count. rows: --box_format; own: the model's Convention, None where it has none, and
+    then text is kept; seen_size(width, height): at what size the model sees a picture."""
+
+    rows: str
+    own: Convention | None
+    seen_size: Callable[[int, int], tuple[int, int]]
+
+    @property
+    def rewrites(self) -> bool:
+        return self.rows != "keep" and self.own is not None
+
+    @property
+    def key(self) -> list:
+        """All that rewritten text depends on beside the rows; the smallest and the largest picture tell the resize rule."""
+        sizes = (1, 1), (9999, 9999)
+        return [self.rows, repr(self.own), *map(list, starmap(self.seen_size, sizes))] if self.rewrites else []
+
+    def row_extent(self, size: tuple[int, int]) -> tuple[float, float]:
+        """The numbers at the right and the lower edge of a picture of this (width, height), as --box_format says."""
+        return {"thousandths": (1000, 1000), "fractions": (1, 1)}.get(self.rows, size)
+
+    def extent(self, size: tuple[int, int]) -> tuple[float, float]:
+        """The same in the text that the model reads and writes; kept text is taken for the model's own convention."""
+        if self.own is None:
+            return self.row_extent(size)
+        return (1000, 1000) if self.own.unit == "thousandths" else self.seen_size(*size)
+
+    def locate(self, box: Box, size: tuple[int, int]) -> Box:
+        """A box of the model's text in pixels of the picture as it is stored, of this (width, height)."""
+        across, down = (side / most for side, most in zip(size, self.extent(size), strict=True))
+        return box[0] * across, box[1] * down, box[2] * across, box[3] * down
+
+    # ---- rewriting ----------------------------------------------------------------------------------------------------
+
+    def rewrite(self, turns: list[dict], sizes: list[tuple[int, int]], notes: Counter) -> list[dict]:
+        """The turns with the boxes of what is said to and by the model in its own convention. A box belongs to the last
+        picture before it, else to the first; sizes are their (width, height). Problem for one outside its picture."""
+        if not (self.rewrites and sizes):
+            return turns
+        seen, rewritten, found = 0, [], Counter()
+        for turn in turns:
+            parts = []
+            for part in parts_of(turn["content"]):
+                seen += part["type"] == "image"
+                if part["type"] == "text" and turn["role"] != "system":
+                    part = part | {"text": self.rewrite_text(part["text"], sizes[max(seen - 1, 0)], found)}
+                parts.append(part)
+            whole = isinstance(turn["content"], str)
+            rewritten.append(turn | {"content": parts[0]["text"] if whole else parts})
+        notes.update({f"boxes rewritten from {self.rows}": 1} if found else {})
+        notes.update({"box cut at its picture's edge": 1} if found["cut"] else {})
+        return rewritten
+
+    def rewrite_text(self, text: str, size: tuple[int, int], found: Counter) -> str:
+        """One text about one picture; `found` counts the boxes, and those "cut" at its edge."""
+
+        def replace(match: re.Match) -> str:
+            marked = match[0].startswith("<") or match["named"] is not None
+            numbers = read_numbers(match)
+            if not numbers:
+                return match[0]
+            x1, y1, x2, y2 = numbers
+            right, bottom = self.row_extent(size)
+            if not marked and not (0 <= x1 <= x2 <= right and 0 <= y1 <= y2 <= bottom):
+                return match[0]  # four numbers of something else
+            if max(x1, x2) < 0 or max(y1, y2) < 0 or min(x1, x2) > right or min(y1, y2) > bottom:
+                reach = f"{right} x {bottom} in {self.rows}, as --box_format says"
+                raise Problem("a box lies outside its picture", f"{short(match[0])}, the picture is {reach}")
+            found["boxes"] += 1
+            found["cut"] += min(numbers) < 0 or max(x1, x2) > right or max(y1, y2) > bottom
+            return self.write(match, [self.convert(n, place % 2, size) for place, n in enumerate(numbers)])
+
+        return SPELLINGS.sub(replace, text)
+
+    def convert(self, number: float, side: int, size: tuple[int, int]) -> int:
+        """A number of the rows as a whole number of the model's; side 0 is along x, 1 along y."""
+        most = self.extent(size)[side]
+        return min(max(round(number / self.row_extent(size)[side] * most), 0), most, self.own.most)
+
+    def write(self, match: re.Match, numbers: list[int]) -> str:
+        """The box in the model's words, or in the row's: lists and pairs stay as they are, for they may stand in JSON."""
+        is_point = match["tag"] == "point"
+        words = self.own.point if is_point else self.own.box
+        if words and (match[0].startswith("<") or match["named"] is not None):
+            return words.format(*numbers)
+        written, prefix = iter(numbers), '"point_2d"' if match[0].startswith('"point_2d"') else ""
+        return prefix + re.sub(NUMBER, lambda _: str(next(written)), match[0].removeprefix(prefix))
+
+    def rewrite_truth(self, truth: dict | None, sizes: list[tuple[int, int]]) -> dict | None:
+        """What an answer is checked against, its "box" and "elements" in the model's numbers, about the last picture."""
+        if truth is None or not (self.rewrites and sizes):
+            return truth
+
+        def convert(box: list) -> list[int]:
+            return [self.convert(number, place % 2, sizes[-1]) for place, number in enumerate(box)]
+
+        changed = {"box": convert(truth["box"])} if "box" in truth else {}
+        return truth | changed | ({"elements": [convert(box) for box in truth["elements"]]} if "elements" in truth else {})
+
+
+KEEP = BoxRule("keep", None, lambda width, height: (width, height))
