@@ -101,6 +101,7 @@ def check_rows(flags: argparse.Namespace) -> int:
     if said.get("stage", "sft") not in stages:
         raise UserError(f"--stage {said['stage']}: no such stage; the stages are {', '.join(stages)}")
     from data.check import check
+    from data.check_page import page
     from data.records import KINDS, open_records
     from data.template import make_template
     from model import resolve
@@ -115,7 +116,7 @@ def check_rows(flags: argparse.Namespace) -> int:
     limit = None if config.max_length == "auto" else config.max_length
     folder = Path(config.output_dir)
     survey = check(records, family, folder, limit, config.max_text_length, config.num_workers)
-    print(survey.page(shutil.get_terminal_size((160, 40)).columns, folder / "bad_rows.jsonl"))
+    print(page(survey, shutil.get_terminal_size((160, 40)).columns, folder / "bad_rows.jsonl"))
     return 1 if survey.bad else 0
 
 

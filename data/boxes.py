@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import starmap
+from typing import Any
 
 from data.turns import Problem, parts_of, short
 
@@ -162,4 +163,13 @@ class BoxRule:
         return truth | changed | ({"elements": [convert(box) for box in truth["elements"]]} if "elements" in truth else {})
 
 
-KEEP = BoxRule("keep", None, lambda width, height: (width, height))
+def stored_size(width: int, height: int) -> tuple[int, int]:
+    return width, height
+
+
+KEEP = BoxRule("keep", None, stored_size)
+
+
+def boxes_of(family: Any) -> BoxRule:
+    """The rule of a family, made with the --box_format of its options."""
+    return BoxRule(family.options.box_format, family.box_convention, family.seen_size)

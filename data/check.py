@@ -13,7 +13,7 @@ import math
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import heappop, heappush
@@ -33,7 +33,7 @@ from data.workers import limit_memory, read_ahead
 AT_ONCE = 64  # rows that a worker looks at before it answers
 COUNTED = ("text", "pictures", "supervised")
 TOO_LONG, UNREADABLE, OUTSIDE = "too long", "a picture is missing or unreadable", "a box lies outside its picture"
-PROBLEMS_SHOWN, LONGEST_SHOWN, PAIRS_SHOWN, BAR = 20, 4, 3, 11
+NUM_LONGEST = 5  # rows told by name
 Size = tuple[int, int]  # (width, height)
 
 
@@ -170,21 +170,26 @@ def fitting_pixels(sizes: list[Size], positions: Callable[[int, int], int], room
 
 
 class Survey:
-    """What all rows have come to, as `python -m data check` shows and writes it."""
+    """What all rows have come to; data/check_page.py shows it.
+
+    bad: the lines of bad_rows.jsonl. kinds: rows by kind of problem. counts: those of every row that could be counted, by
+    COUNTED. longest: (positions, where, id, of text, of pictures). too_long: (positions, pixels at which it would fit).
+    again: "repeated" and "same id" rows, as pairs of where and where it was before.
+    """
 
     def __init__(self, records: Records, limit: int | None):
         self.records, self.limit = records, limit
         self.began = time.perf_counter()
         self.kinds = Counter(kind for part in records.parts for kind in part.kinds)
-        self.bad = [  # with the place by which the rows of all files are put in order
+        self.bad = [  # until finish() with the place that it sorts by
             (number, place[0], line) for number, part in enumerate(records.parts)
             for place, line in zip(part.bad_places, part.bad, strict=True)
         ]
-        self.counts = {name: array("Q") for name in COUNTED}  # of the rows that could be counted
-        self.longest: list[tuple[int, str]] = []  # (positions, row)
-        self.too_long: list[tuple[int, int | None]] = []  # (positions, pixels at which it would fit)
+        self.counts = {name: array("Q") for name in COUNTED}
+        self.longest: list[tuple[int, str, str, int, int]] = []
+        self.too_long: list[tuple[int, int | None]] = []
         self.firsts: dict[str, dict] = {"repeated": {}, "same id": {}}
-        self.again: dict[str, list[tuple[str, str]]] = {"repeated": [], "same id": []}  # where, and where it was before
+        self.again: dict[str, list[tuple[str, str]]] = {"repeated": [], "same id": []}
 
     def add(self, index: int, found: Finding) -> None:
         """Take in good row `index` of the records."""
@@ -203,7 +208,7 @@ class Survey:
             self.counts[name].append(count)
         num_text, num_pictures, _ = found.counts
         heappush(self.longest, (num_text + num_pictures, where, found.id, num_text, num_pictures))
-        if len(self.longest) > LONGEST_SHOWN:
+        if len(self.longest) > NUM_LONGEST:
             heappop(self.longest)
         for name, key in (("repeated", found.digest), ("same id", found.id)):
             before = self.firsts[name].setdefault(key, where)
@@ -220,8 +225,6 @@ class Survey:
     def num_rows(self) -> int:
         return len(self.records) + len(self.records.bad)
 
-    # ---- for programs ---------------------------------------------------------------------------------------------------
-
     def to_json(self) -> dict:
         """summary.json; a histogram is [[from, to, rows], ..]."""
         keys = ("positions", "where", "id", "text", "pictures")
@@ -236,65 +239,6 @@ class Survey:
             "repeated": self.again["repeated"], "same_id": self.again["same id"],
         }  # fmt: skip
 
-    # ---- for people -----------------------------------------------------------------------------------------------------
-
-    def page(self, width: int, bad_path: Path) -> str:
-        """The check on one screen, `width` columns wide."""
-        good = f"{self.num_rows - len(self.bad):,} good, {len(self.bad):,} with a problem"
-        lines = [f"{self.num_rows:,} rows of {self.records.name} in {self.seconds:.0f} s: {good}", ""]
-        for name, text in self.facts():
-            lines.append(f"{name:<11} {text}")
-        if any(self.counts["text"]):
-            lines += ["", *self.table()]
-        if self.bad:
-            kinds = ", ".join(f"{count:,} x {kind}" for kind, count in self.kinds.most_common())
-            lines += ["", f"problems    {kinds}"]
-            lines += [f"  {name_row(row)}  {row['problem']}" for row in self.bad[:PROBLEMS_SHOWN]]
-            more = len(self.bad) - PROBLEMS_SHOWN
-            lines.append(f"  {f'and {more:,} more; ' if more > 0 else ''}all are in {bad_path}")
-        return "\n".join(cut(line, width) for line in lines)
-
-    def facts(self) -> Iterator[tuple[str, str]]:
-        """What is said in a line each: its name and its text."""
-        records = self.records
-        yield "read as", ", ".join(f"{count:,} {name}" for name, count in records.dialects.most_common()) or "nothing"
-        for note, count in records.notes.most_common(3):
-            yield "note", f"{count:,} x {note}"
-        sizes = [size for row in set(records.image_sizes) for size in row]
-        if sizes:
-            smallest, largest = (f"{w} x {h}" for w, h in (min(sizes, key=math.prod), max(sizes, key=math.prod)))
-            num_rows = sum(map(bool, records.image_sizes))
-            yield "pictures", f"in {num_rows:,} rows, from {smallest} to {largest}; {self.kinds[UNREADABLE]:,} unreadable"
-        text, pictures, supervised = (sum(self.counts[name]) for name in COUNTED)
-        if text:
-            of_all = f", {supervised / (text + pictures):.1%} of all positions" if pictures else ""
-            yield "supervised", f"{supervised / text:.1%} of the text{of_all}"
-        for name, pairs in self.again.items():
-            if pairs:
-                shown = ", ".join(f"{where} as {before}" for where, before in pairs[:PAIRS_SHOWN])
-                yield name, f"{len(pairs):,} rows: {shown}{', ..' if len(pairs) > PAIRS_SHOWN else ''}"
-        for positions, where, row_id, num_text, num_pictures in self.longest:
-            of = f" ({num_text:,} of text, {num_pictures:,} of pictures)" if num_pictures else ""
-            yield "longest", f"{positions:,} positions{of}: {name_row({'where': where, 'id': row_id})}"
-        if self.too_long:
-            pixels = [pixels for _, pixels in self.too_long]
-            also = f", --max_pixels {min(pixels)} shrinks their pictures until they fit" if all(pixels) else ""
-            yield "too long", f"{len(self.too_long):,} rows: --max_length {max(self.too_long)[0]} admits all{also}"
-
-    def table(self) -> Iterator[str]:
-        """Histograms side by side, a line for each doubling, and figures below."""
-        names = [name for name in COUNTED if any(self.counts[name])]
-        found = {name: histogram(self.counts[name]) for name in names}
-        used = {k for counts in found.values() for k in counts}
-        yield f"{'tokens a row':<13}" + "".join(f"{name:>10}{'':{BAR + 1}}" for name in names)
-        for k in [0] * (0 in used) + list(range(min(used - {0}), max(used) + 1)):
-            low, high = bounds(k)
-            cells = [f"{in_short(found[name][k]):>10} {bar(found[name], k):<{BAR}}" for name in names]
-            yield f"{f'{low:,}-{high:,}' if high else '0':>13}" + "".join(cells)
-        figures = {name: figures_of(self.counts[name]) for name in names}
-        for row in ("median", "95 %", "most", "sum"):
-            yield f"{row:>13}" + "".join(f"{in_short(figures[name][row]):>10}{'':{BAR + 1}}" for name in names)
-
 
 def histogram(counts: array) -> Counter[int]:
     """How many lie in each bin: 0 is none, k holds the numbers of k binary digits, and 3 all below them too."""
@@ -306,14 +250,6 @@ def bounds(k: int) -> Size:
     return (0, 0) if k == 0 else (1 if k == 3 else 2 ** (k - 1), 2**k - 1)
 
 
-def in_short(count: int) -> str:
-    return "-" if count == 0 else f"{count:,}" if count < 10**7 else f"{count / 1e6:,.1f} M"
-
-
-def bar(counts: Counter[int], k: int) -> str:
-    return "#" * math.ceil(counts[k] / max(counts.values()) * BAR)
-
-
 def figures_of(counts: array) -> dict[str, int]:
     """What the middle row, the one above 95 % of them and the largest have, and all together."""
     ordered = sorted(counts) or [0]
@@ -323,20 +259,11 @@ def figures_of(counts: array) -> dict[str, int]:
     }
 
 
-def name_row(row: dict) -> str:
-    return row["where"] if row["id"] == row["where"] else f"{row['where']} ({row['id']})"
-
-
-def cut(text: str, width: int) -> str:
-    """One line of at most `width` columns, whatever a row's own words hold."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return text.rstrip() if len(text) <= width else text[: width - 2] + ".."
-
-
 def check(
     records: Records, family: Any, folder: Path, limit: int | None = None, text_limit: int | None = None, num_workers: int = 2
 ) -> Survey:
     """Look at every row; bad_rows.jsonl (if any is bad) and summary.json in `folder` are written anew."""
+    folder.mkdir(parents=True, exist_ok=True)
     survey = Survey(records, limit)
     inspector = Inspector(records, family, limit, text_limit)
     groups = [list(range(len(records))[start : start + AT_ONCE]) for start in range(0, len(records), AT_ONCE)]
@@ -346,7 +273,6 @@ def check(
                 survey.add(index, found)
             progress.update(len(group))
     survey.finish()
-    folder.mkdir(parents=True, exist_ok=True)
     bad_path = folder / "bad_rows.jsonl"
     bad_path.unlink(missing_ok=True)
     if survey.bad:

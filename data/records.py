@@ -22,7 +22,7 @@ from data.errors import UserError
 from data.images import DATA_URL, OutsideRoot, find_image, image_size, split_part
 from data.sources import Source, open_sources
 from data.template import Template
-from data.turns import Problem, parts_of, read_objects, short
+from data.turns import Problem, parts_of, read_tools, short
 
 ID_KEYS = ("id", "uid", "prompt_id")
 KINDS = {
@@ -150,7 +150,7 @@ class Part:
         row_id = str(next(ids, where))
         try:
             found = read_row(row, notes, self.template, lambda image: self._find({"image": image}))
-            tools = read_objects(row.get("tools"), "tools") or None
+            tools = read_tools(row.get("tools")) or None
             record = Record(row_id, where, found.messages, tools, found.dialect, [], found.rejected, found.truth)
             record.image_sizes = [self._find(part) for part in record.pictures()]
             self._check_kind(record, notes)

@@ -12,9 +12,9 @@ from conftest import shared
 from PIL import Image
 
 import data.__main__ as doors
-from data.batches import Encoded, read_ahead
+from data.batches import Encoded
 from data.check import damage_of_file, fitting_pixels, outside, shrink
-from data.errors import UserError, command
+from data.errors import command
 from data.rows import open_rows
 from model.family import Options, find_family
 from model.tiny import write_tiny
@@ -236,19 +236,19 @@ def test_workers_find_what_one_process_finds(check, world):
     assert {**alone[2], "seconds": 0} == {**together[2], "seconds": 0}
 
 
-def test_a_worker_that_dies_is_a_sentence():
-    class Deadly:
-        def __getitem__(self, index):
-            os.kill(os.getpid(), 9)
+def test_a_row_that_wants_too_much_memory_is_a_problem(check, monkeypatch):
+    def greedy(self, record, found):
+        return bytearray(5 * 2**30)  # asked for, never touched
 
-    with pytest.raises(UserError, match="lower --num_workers"):
-        list(read_ahead(Deadly(), [[0], [1]], 1))
+    monkeypatch.setattr("data.check.Inspector.decode", greedy)
+    _, bad, _ = check([chat(), chat("3 + 3?")], "--num_workers", 1)
+    assert list(bad) == [1, 2] and "more memory than a worker may have" in bad[1]
 
 
 # ---- 1,000 damaged rows and pictures ----------------------------------------------------------------------------------
 
-DEEP = json.loads("[" * 400 + "]" * 400)
-WRONG = [None, True, -1, 0.5, float("nan"), float("inf"), "", "x", "\ud83d", "\0", [], {}, [[]], [None], {"": {}}, [{}], DEEP,
+DEEP = b"[" * 900 + b"]" * 900  # where "deep" stands: json.dumps would not write it
+WRONG = [None, True, -1, 0.5, float("nan"), float("inf"), "", "x", "\ud83d", "\0", [], {}, [[]], [None], {"": {}}, [{}], "deep",
          "../../etc/passwd", "http://host/a.png", "9" * 30000, "<image>" * 50, {"<image>": 1}, 10**400, "<|im_end|>",
          "\ufdd0", "{{ 1 }}", "<think>", {"role": "assistant"}]  # fmt: skip
 
@@ -313,7 +313,7 @@ def damaged_lines(world, num_rows):
         if number % 5 == 0:
             damage_picture(world / f"{number}.png", world / "a.png", rng)
             row = picture(f"{number}.png", id=number)
-        line = json.dumps(row).encode()
+        line = json.dumps(row).encode().replace(b'"deep"', DEEP)
         lines.append(damage_bytes(line, rng) if number % 10 == 1 else line)
     return lines
 
@@ -336,12 +336,12 @@ def refused_by_training(world, options, stage):
 def test_a_thousand_damaged_rows_and_pictures(check, world, capsys):
     lines = damaged_lines(world, 1000)
     assert all(line.strip() and b"\n" not in line for line in lines)
-    page, bad, summary = check(lines, "--max_length", 1500, "--stage", "sft")
+    page, bad, summary = check(lines, "--max_length", 1500, "--stage", "sft", "--tool_template", "qwen")
     assert 300 < len(bad) < 950 and summary["rows"] == 1000 and summary["bad_rows"] == len(bad)
     assert f"{1000 - len(bad)} good, {len(bad)} with a problem" in page
     assert all(bad.values())
     boxes_alone = {number for number, problem in bad.items() if problem.startswith("a box lies outside")}
-    refused = refused_by_training(world, Options(), sft.Stage)
+    refused = refused_by_training(world, Options(tool_template="qwen"), sft.Stage)
     assert {f"rows.jsonl:{number}" for number in bad.keys() - boxes_alone} == refused
 
 
