@@ -2,9 +2,12 @@
 VENV ?= .venv
 export VENV
 
-.PHONY: demo test quick lint
+.PHONY: demo pipeline-tiny test quick lint
 demo:  ## the built-in task: a vision-language model learns to find buttons, one to two minutes
 	@python=$$(sh .ci/python requirements.txt) && $$python train.py
+
+pipeline-tiny:  ## SFT, DPO and RLOO of a tiny model in a row, a few minutes
+	@python=$$(sh .ci/python requirements.txt) && $$python -m stages pipeline --output_dir runs/pipeline-tiny
 
 test:  ## every test
 	@python=$$(sh .ci/python requirements-dev.txt) && $$python -m pytest -n 2 --durations=5

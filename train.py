@@ -11,7 +11,6 @@ file in model/families/.
 """
 
 import math
-import shlex
 import shutil
 import sys
 import time
@@ -21,8 +20,6 @@ from data import demo
 from data.errors import UserError, command
 from stages import list_stages
 from training.config import Config, read_config, to_yaml, trajectory
-
-TIME = "%Y-%m-%d %H:%M:%S"
 
 
 def main() -> int:
@@ -68,7 +65,7 @@ class Run:
 
         # the machine, and where the run stands
         check_names(config)
-        self.config, self.folder, self.found = config, Path(config.output_dir), found
+        self.config, self.folder, self.found, self.journal = config, Path(config.output_dir), found, None
         self.device = memory.check_device(config.device)
         memory.keep_freed_memory()
         self.precision = precision.choose(config.precision, self.device)
@@ -84,13 +81,13 @@ class Run:
         storage = kinds.frozen if config.use_lora else kinds.full_8bit if "8bit" in config.optim else kinds.full
         if config.image_cache:
             Path(config.image_cache).mkdir(parents=True, exist_ok=True)
-        options = Options(config.max_pixels, config.tool_template, config.labels, config.image_cache)
+        options = Options(config.max_pixels, config.tool_template, config.labels, config.image_cache, config.box_format)
         self.model, self.family = load_model(config.base_model, quant, storage, self.device, options)
         self.adapter_settings = adapter.Settings.from_config(config)
-        adapter.attach(self.model, self.family, self.adapter_settings)
+        self.trainable = adapter.attach(self.model, self.family, self.adapter_settings)
         if config.adapter:
             files.load_adapter(self.model, self.family, config.adapter)
-        print(adapter.table_text(self.model))
+        print(adapter.table_text(self.trainable))
         if config.gradient_checkpointing:
             blocks = [block for name in self.family.blocks for block in self.model.net.get_submodule(name)]
             checkpoint_blocks(blocks, config.offload_activations)
@@ -114,8 +111,8 @@ class Run:
         self.identity = trajectory(config) | {"data_sha256": self.rows.sha256}
         if config.adapter:
             self.identity["adapter_sha256"] = sha256_of(Path(config.adapter) / files.WEIGHTS)
-        self.plan = rehearsal.Plan(self.model, config)
-        self.state.micro_tokens = self.plan.micro_tokens(self.rows.lengths.longest)
+        self.plan = rehearsal.Plan(self.model, config, self.stage.num_answers, self.stage.held_bytes)
+        self.state.micro_tokens, self.state.cache_tokens = self.plan.fit(self.rows.lengths.longest)
         self.model.train()
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -124,11 +121,12 @@ class Run:
         """Resume or rehearse, loop, save, evaluate, export; returns 0, 128 + the signal that ended the run, or 1 where the
         last checkpoint could not be saved."""
         from eval.examiner import Examiner
+        from training import opening
         from training.guards import Stop
-        from training.journal import Journal
+        from training.journal import Journal, now
 
         if not self.found:
-            expected = self.rehearse()
+            expected = opening.rehearse_run(self)
         self.stage.prepare(self)  # the weights are still those of the start
         if self.found:
             self.resume(self.found)
@@ -141,7 +139,7 @@ class Run:
         self.journal = Journal(self.folder, self.last, self.state.step, config.logging_steps, config.report_to)
         examiner = Examiner(config, self.model, self.stage, self.rows, self.precision, self.journal, self.state)
         if not self.found:
-            self.write_opening(expected)
+            opening.write(self, expected)
             examiner.examine(0, "before")
         stop = Stop()
         try:
@@ -160,7 +158,7 @@ class Run:
         stop.restore()
         examiner.compare()
         reason = "finished" if finished else "stopped by a signal"
-        self.journal.event("finish", self.state.step, reason=reason, time=time.strftime(TIME), skipped_rows=len(self.rows.bad))
+        self.journal.event("finish", self.state.step, reason=reason, time=now(), skipped_rows=len(self.rows.bad))
         self.journal.close()
         examiner.close(finished)
         return stop.exit_code if not finished else 0 if saved else 1
@@ -177,32 +175,33 @@ class Run:
         steps = self.batches.steps(state.step, self.last)
         while state.step < self.last and not stop.requested:
             started = time.perf_counter()
-            examples = self.rows.usable(next(steps))  # 1 the examples of one optimizer step
+            rows = self.rows.usable(next(steps))  # 1 the rows of one step
             waited = time.perf_counter() - started
-            total = self.stage.denominator(examples)  # 2 what the loss is divided by, before any forward
-            loss, figures = self.forward_backward(examples, total)  # 3 packed rows; every loss is a sum / total
-            overflowed = state.scaler.unscale(self.trained.values())
-            norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), config.max_grad_norm or math.inf).item()  # 4
-            verdict = guards.judge(loss, norm, state.statistics, config.skip_spikes, state.scaler.scale)  # 5
             rate = self.rate * optim.schedule(config.lr_schedule, state.step, config.warmup_steps, self.last)
-            if verdict.action == "update":
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-                self.optimizer.step()
-            state.scaler.update(overflowed)
-            self.optimizer.zero_grad(set_to_none=True)
-            num_supervised = sum(example.num_supervised for example in examples)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            for examples in self.stage.collect(self, rows):  # the rows, for one update; RLOO: answers sampled to them
+                total = self.stage.denominator(examples)  # 2 what the loss is divided by, before any forward
+                loss, figures = self.forward_backward(examples, total)  # 3 packed rows; every loss is a sum / total
+                overflowed = state.scaler.unscale(self.trained.values())
+                norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), config.max_grad_norm or math.inf).item()  # 4
+                verdict = guards.judge(loss, norm, state.statistics, config.skip_spikes, state.scaler.scale)  # 5
+                if verdict.action == "update":
+                    self.optimizer.step()
+                state.scaler.update(overflowed)
+                self.optimizer.zero_grad(set_to_none=True)
+                if verdict.action != "update":
+                    break
             state.step += 1  # 6 the one state object
             seconds = time.perf_counter() - started
             self.journal.step(  # 7 one line on screen, one on disk
                 state.step, epoch=state.step / per_epoch, loss=loss, lr=rate, grad_norm=norm,
-                supervised_tokens=num_supervised, seconds=seconds, data_wait=waited,
-                memory=memory.peak_gib(self.device), rows=None if verdict.action == "update" else [e.id for e in examples],
-                **figures,
+                supervised_tokens=sum(e.num_supervised for e in examples), seconds=seconds, data_wait=waited, **figures,
+                memory=memory.peak_gib(self.device), rows=None if verdict.action == "update" else [row.id for row in rows],
             )
-            waiting.watch(sum(e.encode_seconds for e in examples), waited, seconds, self.journal.say)
+            waiting.watch(sum(row.encode_seconds for row in rows), waited, seconds, self.journal.say)
             if verdict.action != "update":
-                self.no_update(verdict, examples)
+                self.no_update(verdict, rows)
             if state.step < self.last and due(config.save_every, state.step, per_epoch):  # 8 save, evaluate
                 self.commit()
             if state.step < self.last and due(config.eval_every, state.step, per_epoch):
@@ -244,55 +243,14 @@ class Run:
             figures = {name: figures.get(name, 0.0) + value for name, value in more.items()}
         return loss_sum.item(), {name: float(value) for name, value in figures.items()}
 
-    def no_update(self, verdict, examples: list) -> None:
+    def no_update(self, verdict, rows: list) -> None:
         """Write down a step whose update was not made, and why; end the run if the judge says so."""
         step = self.state.step
         self.journal.event(verdict.action, step, reason=verdict.reason)
-        rows = ", ".join(e.id for e in examples)
-        self.journal.say(f"step {step}: no update, because {verdict.reason}; --replay_step {step} runs it again; rows: {rows}")
+        names = ", ".join(row.id for row in rows)
+        self.journal.say(f"step {step}: no update, because {verdict.reason}; --replay_step {step} runs it again; rows: {names}")
         if verdict.action == "stop":
             raise UserError(f"step {step}: {verdict.reason}; {self.folder}/journal.jsonl has the rows of each step")
-
-    # ---- before the first step ------------------------------------------------------------------------------------------
-
-    def rehearse(self):
-        """Run the worst of the run once and undo it; print the forecast and a row as the model sees it."""
-        from data.batches import Encoded
-        from data.explain import explain
-        from training.rehearsal import fill, rehearse
-
-        rows, tokens = self.rows, self.state.micro_tokens
-        candidates = Encoded(rows.train, self.stage.encode, rows.lengths.longest_rows)
-        longest = rows.usable([candidates[i] for i in range(len(candidates))])
-        worst = fill(longest, tokens, self.batches.step_rows)
-
-        def backward() -> tuple[int, float]:
-            return sum(map(len, worst)), self.accumulate(worst, self.stage.denominator(worst))[0]
-
-        per_position, update = rehearse(self.folder, self.model, self.optimizer, backward, self.snapshot)
-        seconds = per_position * rows.lengths.mean * min(self.batches.step_rows, len(rows.lengths.kept)) + update
-        expected = self.plan.forecast(tokens, seconds, self.last)
-        print(f"forecast, with packed rows of {tokens} positions:\n{expected.text()}")
-        print("a row as the model sees it, supervised tokens marked:")
-        for sequence in self.stage.sequences(worst[-1]):
-            print(explain(sequence, self.family.tokenizer, sys.stdout.isatty())[-4000:])
-        return expected
-
-    def write_opening(self, expected) -> None:
-        """The journal's first records: what runs where on what, and what it is expected to take."""
-        from importlib.metadata import version
-
-        from lora.adapter import trainable_table
-
-        libraries = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers")
-        self.journal.event(
-            "start", 0, command=shlex.join(["python", "train.py", *sys.argv[1:]]), machine=self.machine,
-            versions={name: version(name) for name in libraries}, time=time.strftime(TIME), last_step=self.last,
-            data=self.rows.files, trainable=trainable_table(self.model),
-        )
-        self.journal.event(
-            "forecast", 0, gib=expected.parts, seconds_per_update=expected.seconds_per_update, hours=expected.hours
-        )
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 

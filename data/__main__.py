@@ -1,9 +1,11 @@
-"""`python -m data`: rows checked, fetched, converted, made.
+"""`python -m data`: rows checked, shown, fetched, converted, made.
 
-    python -m data check --base_model DIR --data_path ROWS --output_dir DIR   every row and picture, before a run
+    python -m data check --base_model DIR --data_path ROWS --output_dir DIR    every row and picture, before a run
+    python -m data show --base_model DIR --data_path ROWS --output_dir DIR     some rows as the model gets them
     python -m data download NAME                                       a data set of the recipes, into data/raw/NAME
     python -m data convert guicourse --input_dir DIR --output_dir DIR  GUICourse's published files as rows
     python -m data make countdown --num N --output_dir DIR             Countdown problems with exact answers
+    python -m data make preferences --model DIR --prompts FILE --reward NAME --output_dir DIR   pairs of its own answers
     python -m data demo --rows N --output_dir DIR                      rows of the built-in task, and how to train on them
     python -m data demo_base --output_dir DIR                          the base of the built-in task, from random weights
 
@@ -17,11 +19,13 @@ import argparse
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from data import convert, download, make
 from data.errors import UserError, command
+from eval import preferences
 from stages import list_stages
 from training.config import Config, fields_of, settle
 from training.options import Parser, add_flag
@@ -47,77 +51,129 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-CHECK_FLAGS = (  # as in train.py
-    "base_model", "data_path", "output_dir", "stage", "max_length", "max_text_length", "max_pixels", "tool_template",
-    "image_root", "allow_outside_images", "prompt_template", "response_template", "image_column", "num_workers",
-)  # fmt: skip
+def main() -> int | None:
+    parser = Parser(prog="python -m data", description="Rows checked, shown, fetched, converted, made.")
+    doors = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, text, add_flags, run in (
+        ("check", "look at every row and picture as training will", add_check_flags, check_rows),
+        ("show", "print some rows as the model gets them, and write show.html", add_show_flags, show_rows),
+        ("download", "fetch a data set of the recipes", download.add_flags, download.run),
+        ("convert", "make rows of the files that GUICourse's authors publish", convert.add_flags, convert.run),
+        ("make", "make a data set: Countdown problems, or pairs of a model's own answers", add_made, None),
+        ("demo", "write rows of the built-in task, and its held-out rows", add_demo_flags, make_demo_rows),
+        ("demo_base", "make the built-in task's base again, from random weights", add_base_flags, make_base),
+    ):
+        door = doors.add_parser(name, help=text, description=text)
+        add_flags(door)
+        if run:
+            door.set_defaults(run=run)
+    flags = parser.parse_args()
+    return flags.run(flags)
 
+
+def add_made(parser: argparse.ArgumentParser) -> None:
+    """The data sets that `python -m data make` makes."""
+    names = parser.add_subparsers(required=True, metavar="NAME")
+    for name, text, add_flags, run in (
+        ("countdown", "Countdown problems with exact answers", make.add_flags, make.make_countdown),
+        ("preferences", "pairs of a model's own answers, by a reward", preferences.add_flags, preferences.make_preferences),
+    ):
+        door = names.add_parser(name, help=text, description=text)
+        add_flags(door)
+        door.set_defaults(run=run)
+
+
+# ---- checking and showing ---------------------------------------------------------------------------------------------
+
+ROW_FLAGS = (  # as in train.py
+    "base_model", "data_path", "output_dir", "stage", "max_pixels", "box_format", "labels", "tool_template", "image_root",
+    "allow_outside_images", "prompt_template", "response_template", "image_column",
+)  # fmt: skip
 OTHERWISE = {
-    "output_dir": "bad_rows.jsonl and summary.json go here",
     "stage": "take the rows of this stage alone; default: rows of every kind",
     "max_length": "positions of one example at most, pictures included (default auto: any number)",
     "num_workers": "processes that look at rows and decode pictures (default 2)",
 }
 
 
-def main() -> int | None:
-    parser = Parser(prog="python -m data", description="Rows checked, fetched, converted, made.")
-    doors = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, text, add_flags, run in (
-        ("check", "look at every row and picture as training will", add_check_flags, check_rows),
-        ("download", "fetch a data set of the recipes", download.add_flags, download.run),
-        ("convert", "make rows of the files that GUICourse's authors publish", convert.add_flags, convert.run),
-        ("make", "draw a data set: Countdown problems with exact answers", make.add_flags, make.make_countdown),
-        ("demo", "write rows of the built-in task, and its held-out rows", add_demo_flags, make_demo_rows),
-        ("demo_base", "make the built-in task's base again, from random weights", add_base_flags, make_base),
-    ):
-        door = doors.add_parser(name, help=text, description=text)
-        add_flags(door)
-        door.set_defaults(run=run)
-    flags = parser.parse_args()
-    return flags.run(flags)
-
-
-# ---- checking ---------------------------------------------------------------------------------------------------------
+def add_row_flags(parser: Parser, output: str, *more: str) -> None:
+    """Settings of train.py that decide what rows become, and `more` of them; output: what goes to --output_dir."""
+    parser.set_defaults(said=[])
+    for name in (*ROW_FLAGS, *more):
+        flag = add_flag(parser, name, fields_of(Config)[name])
+        flag.help = output if name == "output_dir" else OTHERWISE.get(name, flag.help)
 
 
 def add_check_flags(parser: Parser) -> None:
-    """The settings of train.py that decide which rows it takes, under their own names and checks."""
-    known = fields_of(Config)
-    parser.set_defaults(said=[])
-    for name in CHECK_FLAGS:
-        flag = add_flag(parser, name, known[name])
-        flag.help = OTHERWISE.get(name, flag.help)
+    add_row_flags(parser, "bad_rows.jsonl and summary.json go here", "max_length", "max_text_length", "num_workers")
 
 
 def check_rows(flags: argparse.Namespace) -> int:
     """Look at all rows and say what they are; returns 1 if there is a problem with one, else 0."""
-    stages = list_stages()
-    settled = settle(flags.said, "sft", {name: module.Flags for name, module in stages.items()})
-    said = {name: said.value for name, said in settled.items()}
-    for name in ("base_model", "data_path", "output_dir"):
-        if not said.get(name):
-            raise UserError(f"--{name} is missing; python -m data check --base_model DIR --data_path ROWS --output_dir DIR")
-    if said.get("stage", "sft") not in stages:
-        raise UserError(f"--stage {said['stage']}: no such stage; the stages are {', '.join(stages)}")
+    config, takes = read_settings(flags, "python -m data check")
     from data.check import check
     from data.check_page import page
-    from data.records import KINDS, open_records
+
+    config.on_bad_row = "skip"
+    family, records = open_family_and_rows(config, takes, keep_index=False)
+    limit, folder = None if config.max_length == "auto" else config.max_length, Path(config.output_dir)
+    survey = check(records, family, folder, limit, config.max_text_length, config.num_workers)
+    print(page(survey, shutil.get_terminal_size((160, 40)).columns, folder / "bad_rows.jsonl"))
+    return 1 if survey.bad else 0
+
+
+def add_show_flags(parser: Parser) -> None:
+    add_row_flags(parser, "show.html goes here", "on_bad_row")
+    parser.add_argument("--rows", default="3", metavar="N|NAMES", help="how many, from the longest to the shortest, or which: "
+                        "their ids, or places such as rows.jsonl:17, commas between (default 3)")  # fmt: skip
+
+
+def show_rows(flags: argparse.Namespace) -> None:
+    """Print rows with their tokens marked, and write the page. Raises UserError for what cannot be opened or encoded."""
+    config, takes = read_settings(flags, "python -m data show")
+    from data.explain import explain_rows
+    from data.rows import measure_rows
+    from training.page import write_page
+    from training.show import CSS, choose_rows, encode_row, page_sections
+
+    family, records = open_family_and_rows(config, takes)
+    chosen = [records[index] for index in choose_rows(records, measure_rows(records, config, family), flags.rows)]
+    rows = [(record, encode_row(family, record)) for record in chosen]
+    print(explain_rows([example for _, examples in rows for example in examples], family.tokenizer, 4000 * len(rows)))
+    path = Path(config.output_dir) / "show.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_page(path, "Rows as the model gets them", page_sections(family, rows), CSS)
+    print(f"page {path}")
+
+
+def read_settings(flags: argparse.Namespace, program: str) -> tuple[Config, Collection[str]]:
+    """The settings among the flags, and the kinds of row that are taken. UserError where one that is needed is missing."""
+    from data.records import KINDS
+
+    stages = list_stages()
+    said = settle(flags.said, "sft", {name: module.Flags for name, module in stages.items()})
+    config = Config(**{name: value.value for name, value in said.items()})
+    for name in ("base_model", "data_path", "output_dir"):
+        if getattr(config, name) is None:
+            raise UserError(f"--{name} is missing; {program} --base_model DIR --data_path ROWS --output_dir DIR")
+    if config.stage not in stages:
+        raise UserError(f"--stage {config.stage}: no such stage; the stages are {', '.join(stages)}")
+    return config, stages[config.stage].Stage.takes if "stage" in said else KINDS
+
+
+def open_family_and_rows(config: Config, takes: Collection[str], keep_index: bool = True):
+    """The base model's family, without its weights, and the rows as it takes them."""
+    from data.boxes import boxes_of
+    from data.records import open_records
     from data.template import make_template
     from model import resolve
     from model.family import Options, find_family
 
-    config = Config(**said)
-    takes = stages[config.stage].Stage.takes if "stage" in said else KINDS
+    options = Options(config.max_pixels, config.tool_template, config.labels, box_format=config.box_format)
+    family = find_family(resolve(config.base_model), options)
     template = make_template(config.prompt_template, config.response_template, config.image_column)
-    family = find_family(resolve(config.base_model), Options(config.max_pixels, config.tool_template))
     places = config.image_root, config.allow_outside_images
-    records = open_records(config.data_path, *places, "skip", takes, template, keep_index=False)
-    limit = None if config.max_length == "auto" else config.max_length
-    folder = Path(config.output_dir)
-    survey = check(records, family, folder, limit, config.max_text_length, config.num_workers)
-    print(page(survey, shutil.get_terminal_size((160, 40)).columns, folder / "bad_rows.jsonl"))
-    return 1 if survey.bad else 0
+    return family, open_records(config.data_path, *places, config.on_bad_row, takes, template, boxes_of(family), keep_index)
 
 
 # ---- the built-in task ------------------------------------------------------------------------------------------------

@@ -38,6 +38,18 @@ def parse_boxes(text: str) -> list[Box]:
     return [(min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)) for x1, y1, x2, y2 in filter(None, found)]
 
 
+def place_boxes(turns: list[dict]) -> list[tuple[int, str, Box]]:
+    """(number of the picture, role, box) of all boxes in a conversation; a box belongs to the last picture before it, else to
+    the first. System turns speak of boxes, they place none."""
+    found, seen = [], 0
+    for turn in turns:
+        for part in parts_of(turn["content"]):
+            seen += part["type"] == "image"
+            if part["type"] == "text" and turn["role"] != "system":
+                found += [(max(seen - 1, 0), turn["role"], box) for box in parse_boxes(part["text"])]
+    return found
+
+
 def strip_boxes(text: str) -> str:
     """The text without its boxes and points."""
     return SPELLINGS.sub(" ", text)

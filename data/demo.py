@@ -8,13 +8,14 @@ A row is one screen with several questions, in the `messages` dialect; boxes are
 
 import json
 import random
-import re
 import shutil
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from data.boxes import parse_boxes
 
 SIDE = 224  # pixels of a screen, both ways
 CELL = 56  # pixels; one merged vision token of the built-in base is CELL x CELL
@@ -189,9 +190,8 @@ def messages_of(image: str, asked: list[tuple[str, str]]) -> list[dict]:
 
 
 def parse_box(text: str) -> Box | None:
-    """The first `<box>x1 y1 x2 y2</box>` in a text, or None where there is none."""
-    match = re.search(r"<box>\s*(\d+)\s+(\d+)\s+(\d+)\s+(\d+)\s*</box>", text)
-    return tuple(int(number) for number in match.groups()) if match else None
+    """The first box in a text, or None where there is none."""
+    return next(iter(parse_boxes(text)), None)
 
 
 def hits(response: str, label: str) -> bool:

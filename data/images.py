@@ -20,12 +20,14 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import PIL
 from PIL import Image
 
+from data.boxes import Box
 from data.errors import UserError
 
 if TYPE_CHECKING:
@@ -245,6 +247,20 @@ def _to_rgb(image: Image.Image, over_white: bool) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def cells(
+    size: tuple[float, float], columns: int, rows: int, canvas: tuple[float, float] | None = None
+) -> list[Box | None]:
+    """The parts, as left, top, right, bottom, of a picture of this (width, height) that is cut into equal columns and rows,
+    row by row. With a canvas (its width and height in the picture's pixels) that is cut instead, the picture in its middle;
+    None for a part without picture."""
+    across, down = canvas or size
+    left, top = (size[0] - across) / 2, (size[1] - down) / 2
+    xs = [min(max(left + across * x / columns, 0), size[0]) for x in range(columns + 1)]
+    ys = [min(max(top + down * y / rows, 0), size[1]) for y in range(rows + 1)]
+    parts = [(x0, y0, x1, y1) for y0, y1 in pairwise(ys) for x0, x1 in pairwise(xs)]
+    return [part if part[0] < part[2] and part[1] < part[3] else None for part in parts]
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

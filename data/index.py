@@ -1,10 +1,10 @@
 """What the first pass over a source found, kept in a file, so that the next run opens a million rows in seconds.
 
 An index is made where that pass took more than a second, and lies beside the rows as `.NAME.index`, else below the
-user's cache folder. It is of one state of the rows, of the code that reads them, and of a run's image root, templates and
-kinds of row; its pictures must lie there unchanged (one stat each), and bad rows are read again, for what was missing may
-have come. Where any of this does not hold, or a byte is damaged, the pass is made again without a word. About 40 bytes a
-row, nothing pickled.
+user's cache folder. It is of one state of the rows, of the code that reads them, and of a run's image root, templates,
+kinds of row and boxes; its pictures must lie there unchanged (one stat each), and bad rows are read again, for what was
+missing may have come. Where any of this does not hold, or a byte is damaged, the pass is made again without a word. About
+40 bytes a row, nothing pickled.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ def places(part: "Part") -> list[Path]:
 
 def key_of(part: "Part") -> list:
     """All that an index depends on, but the pictures."""
-    run = [list(part.roots), sorted(part.takes), repr(part.template)]
+    run = [list(part.roots), sorted(part.takes), repr(part.template), *part.boxes.key]
     return [part.source.stamp(), *run, code_version(), [dialect.name for dialect in DIALECTS]]
 
 

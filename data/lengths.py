@@ -47,6 +47,12 @@ class Lengths:
         return sum(estimated) / len(estimated) * self.longest / self.estimates[self.longest_rows[0]]
 
 
+    def typical(self) -> list[int]:
+        """A row of middle length and the shortest, by estimate: with the longest, what the data looks like."""
+        ordered = sorted(self.kept, key=self.estimates.__getitem__)
+        return [index for index in dict.fromkeys([ordered[len(ordered) // 2], ordered[0]]) if index != self.longest_rows[0]]
+
+
 def measure(
     records: Records, count: Count, picture_positions: Callable[[int, int], int], limit: int | None, text_limit: int | None
 ) -> Lengths:

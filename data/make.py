@@ -168,9 +168,8 @@ def read_real(path: str, count: int, num_test: int) -> tuple[list[dict], list[di
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `python -m data make`."""
+    """The flags of `python -m data make countdown`."""
     add = parser.add_argument
-    add("name", choices=["countdown"], help="the data set")
     add("--output_dir", required=True, metavar="DIR", help="train.jsonl and test.jsonl go here")
     add("--num", type=at_least(1), metavar="N", help="training problems (10,000; of the real set: all 327,680)")
     add("--num_test", type=at_least(0), metavar="N", help="test problems, none in training (200; of the real set: 1,024)")

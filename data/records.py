@@ -17,6 +17,7 @@ from itertools import accumulate
 from operator import iadd
 
 from data import index
+from data.boxes import KEEP, BoxRule
 from data.dialects import read_row
 from data.errors import UserError
 from data.images import DATA_URL, OutsideRoot, find_image, image_size, split_part
@@ -84,9 +85,9 @@ class Part:
 
     def __init__(
         self, source: Source, image_root: str | os.PathLike | None, allow_outside_images: bool, takes: Collection[str],
-        template: Template | None,
+        template: Template | None, boxes: BoxRule,
     ):
-        self.source, self.takes, self.template = source, takes, template
+        self.source, self.takes, self.template, self.boxes = source, takes, template, boxes
         root = source.folder if image_root is None else image_root
         self.roots = os.path.realpath(root), os.path.realpath(source.folder), allow_outside_images
         self.clear()
@@ -153,6 +154,7 @@ class Part:
             tools = read_tools(row.get("tools")) or None
             record = Record(row_id, where, found.messages, tools, found.dialect, [], found.rejected, found.truth)
             record.image_sizes = [self._find(part) for part in record.pictures()]
+            self._rewrite_boxes(record, notes)
             self._check_kind(record, notes)
             if "preference" not in self.takes:
                 record.rejected = None
@@ -161,9 +163,24 @@ class Part:
             problem.row_id = row_id
             raise
 
+    def _rewrite_boxes(self, record: Record, notes: Counter) -> None:
+        """What --box_format asks for: boxes in the family's own convention, in every text and truth of the record."""
+        record.messages = self.boxes.rewrite(record.messages, record.image_sizes, notes)
+        record.truth = self.boxes.rewrite_truth(record.truth, record.image_sizes)
+        if record.rejected is not None:
+            last = self.boxes.rewrite(record.rejected, record.image_sizes, Counter())[-1]
+            record.rejected = [*record.messages[:-1], last]
+
     def _check_kind(self, record: Record, notes: Counter) -> None:
-        """Problem for a kind of row that is not taken; where conversations are, a preference becomes its chosen side."""
+        """Problem for a kind of row that is not taken; where conversations are, a preference becomes its chosen side, and
+        where problems are, its prompt, with the chosen answer for a reward that compares."""
         if record.kind in self.takes:
+            return
+        if record.kind == "preference" and "problem" in self.takes:
+            answer = record.messages[-1]["content"]
+            record.messages, record.rejected = record.messages[:-1], None
+            record.truth = {"answer": "".join(part.get("text", "") for part in parts_of(answer))}
+            notes["preference read as its prompt"] += 1
             return
         if record.kind != "preference" or "conversation" not in self.takes:
             wanted = " or ".join(KINDS[name] for name in self.takes)
@@ -245,17 +262,18 @@ def open_records(
     on_bad_row: str = "stop",
     takes: Collection[str] = KINDS,
     template: Template | None = None,
+    boxes: BoxRule = KEEP,
     keep_index: bool = True,
 ) -> Records:
     """Every row of what `path` names (see data/sources.py), checked; pictures lie below image_root, or, without one,
     below the folder of their file.
 
-    takes: the kinds of row that are good, as a stage names them. template: the run's words for the rows of a table.
-    keep_index: whether a file may be left beside the rows for the next run (data/index.py).
+    takes: the kinds of row that are good, as a stage names them. template: the run's words for the rows of a table. boxes:
+    how the boxes of its text are rewritten. keep_index: whether a file may be left beside the rows for the next run.
     UserError for what cannot be read or holds no row, and for a bad row if on_bad_row is "stop". With "skip" the good
     rows come back, even if there are none.
     """
-    records = read_sources(open_sources(path), image_root, allow_outside_images, takes, template, keep_index)
+    records = read_sources(open_sources(path), image_root, allow_outside_images, takes, template, boxes, keep_index)
     if records.bad and on_bad_row == "stop":
         records.refuse()
     return records
@@ -267,12 +285,13 @@ def read_sources(
     allow_outside_images: bool = False,
     takes: Collection[str] = KINDS,
     template: Template | None = None,
+    boxes: BoxRule = KEEP,
     keep_index: bool = True,
 ) -> Records:
     """Check every row of the sources. UserError for a source that cannot be read or holds no row."""
     if image_root is not None and not os.path.isdir(image_root):
         raise UserError(f"--image_root {image_root} is not a folder")
-    parts = [Part(source, image_root, allow_outside_images, takes, template) for source in sources]
+    parts = [Part(source, image_root, allow_outside_images, takes, template, boxes) for source in sources]
     for part in parts:
         index.fill(part, keep_index)
         if not part.numbers and not part.bad:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.batches import epoch_order, hash_seed
+from data.boxes import boxes_of
 from data.errors import UserError
 from data.lengths import Lengths, find_longest, measure, remedy
 from data.records import Record, Records, read_sources
@@ -94,7 +95,7 @@ def open_rows(
     sets += [("test", open_sources(config.test_path))] if config.test_path else []
     name_apart([source for _, sources in sets for source in sources])
     for kind, sources in sets:
-        records = read_sources(sources, config.image_root, config.allow_outside_images, takes, template)
+        records = read_sources(sources, config.image_root, config.allow_outside_images, takes, template, boxes_of(family))
         lengths = measure_rows(records, config, family)
         if rows is None:
             rows = Rows(records, lengths, bad_path, config.on_bad_row)

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data.boxes import FORMATS
 from data.errors import UserError, command
 from training.options import Parser
 
@@ -101,8 +102,8 @@ def ask_parser() -> Parser:
     parser.add_argument("--system", metavar="TEXT", help="system turn, where the training rows had one")
     parser.add_argument("--tools", metavar="FILE", help="JSON list of tools, as in the training rows")
     parser.add_argument("--draw", metavar="OUT.png", help="write the picture with the answer's box on it")
-    parser.add_argument("--box_scale", choices=("pixels", "thousandths"), default="pixels",
-                        help="what boxes count: pixels of the picture as the model sees it (default), or thousandths")
+    parser.add_argument("--box_scale", choices=("pixels", "thousandths"), help="what the answer's boxes count: pixels of the "
+                        "picture as the model sees it, or thousandths; default: what the model was taught")
     parser.add_argument("--max_new_tokens", type=positive, default=512, metavar="N", help="longest answer (512)")
     return parser
 
@@ -114,6 +115,8 @@ def add_model_flags(parser: Parser) -> None:
     add("--adapter", metavar="DIR", help="adapter folder on top of --model")
     add("--quant", choices=("8bit", "4bit", "none"), help="bits the base is held in; default: as trained")
     add("--max_pixels", type=positive, metavar="N", help="pixels of one picture at most; default: as trained")
+    add("--box_format", choices=FORMATS.split(), help="what boxes of rows and questions count, as in train.py; default: as "
+        "trained")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), help="computing type; default: as trained")
     add("--device", default="auto", help="auto, cpu or cuda; auto: the CUDA card if there is one")
 
@@ -129,14 +132,15 @@ def open_model(flags: argparse.Namespace):
     """The subject that the model flags name."""
     from eval.subject import open_subject
 
-    return open_subject(flags.model, flags.adapter, flags.quant, flags.max_pixels, flags.precision, flags.device)
+    return open_subject(flags.model, flags.adapter, flags.quant, flags.max_pixels, flags.precision, flags.device,
+                        flags.box_format)
 
 
 def score(flags: argparse.Namespace) -> None:
     """`python -m eval`. Raises UserError for what cannot be opened, and where no row could be scored."""
     from data.records import open_records
     from data.template import make_template
-    from eval.subject import find, read_settings
+    from eval.subject import find, open_boxes, read_settings
     from eval.tasks import find_task
 
     task = find_task(flags.task)
@@ -149,7 +153,8 @@ def score(flags: argparse.Namespace) -> None:
     run = find(flags.model, flags.adapter).run
     trained = read_settings(run)
     template = make_template(*(getattr(flags, name) or trained.get(name) for name in TEMPLATE_FLAGS))
-    records = open_records(flags.data_path, flags.image_root, on_bad_row=flags.on_bad_row, template=template)
+    boxes = open_boxes(flags.model, flags.adapter, flags.max_pixels, flags.box_format)
+    records = open_records(flags.data_path, flags.image_root, on_bad_row=flags.on_bad_row, template=template, boxes=boxes)
     if records.bad:
         print(f"skipped {len(records.bad)} of {len(records) + len(records.bad)} rows")
     folder = Path(flags.output_dir or (run / "eval" if run else ".")) / "outputs"
@@ -204,7 +209,7 @@ def other_lines(flags: argparse.Namespace, records: list, task: Any, sampling: d
             return {line["where"]: line for line in map(json.loads, against.read_text(encoding="utf-8").splitlines())}
         except (ValueError, KeyError, TypeError):
             raise UserError(f"--against {against}: is no outputs/*.jsonl of an evaluation") from None
-    other = open_subject(flags.against, None, flags.quant, flags.max_pixels, flags.precision, flags.device)
+    other = open_subject(flags.against, None, flags.quant, flags.max_pixels, flags.precision, flags.device, flags.box_format)
     alone = replace(task, metrics=[], summarize=lambda lines: {})
     found = answer_rows(other, records, alone, flags, path, [], sampling=sampling | {"num_samples": 1})
     return {line["where"]: line for line in found.lines}

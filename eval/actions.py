@@ -1,16 +1,18 @@
 """Actions on a screen as GUICourse writes them, one a line (`click, <box>..</box>`), and when two of them do the same.
 
 The rules are GUIAct's (arXiv 2406.11317, appendix): an answer's first actions are compared place by place with the
-label's, a missing one fails, further ones are ignored, and a step succeeds if all of them do. Points count thousandths
-of the picture, as the data set's do. Written from the rules; no line of text is taken for an action that it is not.
+label's, a missing one fails, further ones are ignored, and a step succeeds if all of them do. Boxes are
+compared in thousandths of the picture, which the data set counts. Written from the rules; no line of text is taken for an
+action that it is not.
 """
 
 import math
 import re
 from dataclasses import dataclass
 
+from data.boxes import Box, parse_boxes, strip_boxes
 from data.errors import UserError
-from eval.boxes import Box, centre, holds, intersection_over_union, parse_boxes
+from eval.boxes import centre, holds, intersection_over_union
 from eval.metrics import Reply, f1
 
 NAMES = ("click", "tap", "hover", "input", "answer", "select", "select_text", "scroll", "swipe", "copy", "enter")
@@ -26,15 +28,16 @@ class Action:
 
     name: str
     rest: str = ""
+    extent: tuple[float, float] = (1000, 1000)
 
     @property
     def boxes(self) -> list[Box]:
-        return parse_boxes(self.rest)
+        return [in_thousandths(box, self.extent) for box in parse_boxes(self.rest)]
 
     @property
     def text(self) -> str:
         """The rest without its boxes."""
-        return re.sub(r"<(box|point)>.*?</\1>", "", self.rest).strip(" ,")
+        return strip_boxes(self.rest).strip(" ,")
 
     @property
     def span(self) -> Box | None:
@@ -63,13 +66,19 @@ def read_number(text: str) -> float:
         return 0.0
 
 
-def parse_actions(text: str) -> list[Action]:
+def in_thousandths(box: Box, extent: tuple[float, float]) -> Box:
+    """A box that counts to `extent`, in thousandths of the picture."""
+    across, down = 1000 / extent[0], 1000 / extent[1]
+    return box[0] * across, box[1] * down, box[2] * across, box[3] * down
+
+
+def parse_actions(text: str, extent: tuple[float, float] = (1000, 1000)) -> list[Action]:
     """The actions of an answer, after its `actions:` line if it has one; other lines go on with the text before them."""
     actions: list[Action] = []
     for line in text.rpartition("actions:")[2].strip().split("\n"):
         found = LINE.match(line.strip())
         if found:
-            actions.append(Action(found[1], (found[2] or "").strip()))
+            actions.append(Action(found[1], (found[2] or "").strip(), extent))
         elif actions and line.strip():
             actions[-1].rest += "\n" + line.strip()
     return actions
@@ -79,11 +88,11 @@ def step_success(reply: Reply) -> dict[str, float]:
     """GUIAct's step: step_success, type_match (the same names in the same order) and, where the label clicks or taps,
     click_accuracy. A row whose truth has "elements" (boxes) compares the elements clicked on, else the click has to
     land in the label's box. Raises UserError for a label without actions."""
-    expected = parse_actions(reply.label)
+    expected = parse_actions(reply.label, reply.extent)
     if not expected:
         raise UserError(f"the label has no action: {reply.label[:60]!r}")
-    actions = parse_actions(reply.response)
-    elements = (reply.truth or {}).get("elements")
+    actions = parse_actions(reply.response, reply.extent)
+    elements = [in_thousandths(box, reply.extent) for box in (reply.truth or {}).get("elements", [])]
     pairs = zip(actions + [None] * len(expected), expected, strict=False)
     done = [action is not None and does_the_same(action, other, elements) for action, other in pairs]
     clicks = [right for right, action in zip(done, expected, strict=True) if action.name in ("click", "tap")]

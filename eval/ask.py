@@ -1,20 +1,23 @@
 """One question or a dialogue, with a picture or without: what the model sees is what training puts before an answer.
 
 The turns go through the same template, tokens and picture rule as a row of training, so the answer equals the one that
-`python -m eval` gets for the same row. Boxes in an answer count pixels of the picture as the model sees it (resized),
-or thousandths of its sides, as the rows that trained it did; drawing needs to know which.
+`python -m eval` gets for the same row, and so do the boxes in a question (--box_format). Boxes in an answer count what the
+model was taught, pixels of the picture as it sees it (resized) or thousandths of its sides, and are drawn accordingly.
 """
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.boxes import Box, boxes_of, parse_boxes
 from data.errors import UserError
-from data.images import open_image
-from eval.boxes import Box, draw_boxes, parse_boxes
+from data.images import image_size, open_image
+from data.turns import Problem
+from eval.boxes import draw_boxes
 from eval.generate import generate
 from eval.metrics import parse_calls
 from eval.subject import Subject
@@ -24,21 +27,26 @@ MARK = "<image>"
 
 @dataclass
 class Dialogue:
-    """A conversation so far; the picture, if any, stands in the first question. box_scale is pixels or thousandths."""
+    """A conversation so far; the picture, if any, stands in the first question. box_scale: pixels, thousandths or None."""
 
     subject: Subject
     image: str | None = None
     tools: list[dict] | None = None
     max_new_tokens: int = 512
     draw: str | None = None
-    box_scale: str = "pixels"
+    box_scale: str | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     def ask(self, question: str) -> str:
         """The model's answer; question and answer become part of the conversation."""
         first = not any(message["role"] == "user" for message in self.messages)
         content = place_picture(question, self.image) if first and self.image else question
-        self.messages.append({"role": "user", "content": content})
+        sizes = [image_size(self.image)] if self.image else []
+        try:
+            boxes = boxes_of(self.subject.family)
+            self.messages += boxes.rewrite([{"role": "user", "content": content}], sizes, Counter())
+        except Problem as problem:
+            raise UserError(f"{problem}; correct the question, or --box_format") from None
         prompt = self.subject.family.encode_prompt(self.messages, self.tools)
         with self.subject.precision.autocast():
             answer = generate(self.subject.model, [prompt], self.max_new_tokens)[0]
@@ -54,9 +62,9 @@ class Dialogue:
         if not boxes:
             print(f"note: no box in the answer, {self.draw} is not written", file=sys.stderr)
             return
-        picture, width, height = open_image(self.image), 1000, 1000
-        if self.box_scale == "pixels":
-            width, height = self.subject.family.seen_size(*picture.size)
+        picture, family = open_image(self.image), self.subject.family
+        taught = boxes_of(family).extent(picture.size)
+        width, height = {"pixels": family.seen_size(*picture.size), "thousandths": (1000, 1000)}.get(self.box_scale, taught)
         try:
             draw_boxes(picture, boxes, (picture.width / width, picture.height / height)).save(self.draw)
         except (OSError, ValueError) as error:

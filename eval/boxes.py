@@ -1,38 +1,11 @@
-"""Boxes and points in text, and the arithmetic on them.
+"""The arithmetic on boxes, and drawing them; data/boxes.py reads them out of text.
 
-Every data set writes boxes its own way, and a model that was trained on one and asked in the words of another mixes
-them, so all spellings are read: `<box>a b c d</box>` with blanks, commas or `(a,b),(c,d)`; `box=[[a,b,c,d]]`; a bare
-`[a, b, c, d]` or `(a,b),(c,d)`; Qwen's `<|box_start|>`; `<point>a b</point>`, a box without extent. What the numbers
-count (pixels, or thousandths of the picture) is the data set's affair: answer and label are read alike.
+What the numbers count (pixels, or thousandths of the picture) does not matter here: answer and label are read alike.
 """
-
-import re
 
 from PIL import Image, ImageDraw
 
-Box = tuple[float, float, float, float]  # x1, y1, x2, y2 with x1 <= x2 and y1 <= y2
-
-NUMBER = r"-?\d+(?:\.\d+)?"
-PAIR = rf"\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)"
-SPELLINGS = re.compile(
-    r"<(?P<tag>box|point)>[^<]*</(?P=tag)>"
-    r"|<\|box_start\|>[^<]*<\|box_end\|>"
-    rf"|\[\s*{NUMBER}(?:[\s,]+{NUMBER}){{3}}\s*\]"
-    rf"|{PAIR}\s*,\s*{PAIR}"
-)
-
-
-def parse_boxes(text: str) -> list[Box]:
-    """All boxes and points of a text in reading order; a tag with another count of numbers than 4 or 2 is none."""
-    boxes = []
-    for found in SPELLINGS.finditer(text):
-        numbers = [float(n) for n in re.findall(NUMBER, found[0])]
-        if len(numbers) == 2:
-            numbers *= 2
-        if len(numbers) == 4:
-            x1, y1, x2, y2 = numbers
-            boxes.append((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
-    return boxes
+from data.boxes import Box
 
 
 def centre(box: Box) -> tuple[float, float]:

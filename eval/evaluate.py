@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from data.boxes import boxes_of
 from data.errors import UserError
 from data.explain import explain
 from data.labels import NO_LOSS, Example
@@ -183,12 +184,13 @@ def label_from(truth: dict[str, Any]) -> str:
 
 def reply_to(family: Family, record: Record, example: Example, prompt: Example, answer: Answer) -> Reply:
     """What a metric is given about an answered row."""
-    problem = record.kind == "problem"
+    problem, rule = record.kind == "problem", boxes_of(family)
     return Reply(
         id=record.id, where=record.where, prompt=explain(prompt, family.tokenizer, colour=False), response=answer.text,
         label=label_from(record.truth) if problem else label_of(family, example), stopped=answer.stopped,
         tools=record.tools, truth=record.truth,
         messages=record.messages if problem else up_to_answer(record.messages)[:-1],
+        extent=rule.extent(record.image_sizes[-1]) if rule.rewrites and record.image_sizes else (1000, 1000),
     )
 
 

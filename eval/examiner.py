@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data.boxes import boxes_of, parse_boxes
 from data.errors import UserError
 from data.images import open_image
 from data.rows import Rows
-from eval.boxes import parse_boxes
 from eval.evaluate import Evaluation, evaluate
 from eval.tasks import Task, find_task
 from model.family import Model
@@ -39,7 +39,9 @@ class Examiner:
         self.config, self.model, self.stage, self.rows, self.precision = config, model, stage, rows, precision
         self.journal, self.state, step = journal, state, state.step
         self.folder = Path(config.output_dir)
-        self.task: Task | None = find_task(config.eval_task) if config.predict_with_generate or rows.test_set else None
+        self.task: Task | None = None
+        if config.predict_with_generate or rows.test_set:
+            self.task = stage.task if config.eval_task == "auto" and stage.task else find_task(config.eval_task)
         self.figures: dict[str, dict[str, dict[str, float]]] = {}  # when -> set -> figure -> value
         self.lines: dict[str, dict[str, list[dict]]] = {}  # when -> set -> lines
         for path in (self.folder / "outputs").glob("*.jsonl"):
@@ -115,12 +117,10 @@ class Examiner:
         picture, boxes = None, {}
         if isinstance(after.get("image"), str):
             picture = open_image(after["image"])
-            width, height = self.model.family.seen_size(*picture.size)
             texts = {"expected": after["label"], "before": before.get("response", ""), "after": after["response"]}
             for name, text in texts.items():
-                for x1, y1, x2, y2 in parse_boxes(text)[:1]:
-                    across, down = picture.width / width, picture.height / height
-                    boxes[f"{name}_box"] = x1 * across, y1 * down, x2 * across, y2 * down
+                for box in parse_boxes(text)[:1]:
+                    boxes[f"{name}_box"] = boxes_of(self.model.family).locate(box, picture.size)
         return Sample(
             id=after["id"], prompt=after["prompt"], expected=after["label"], before=before.get("response"),
             after=after["response"], picture=picture, before_right=is_right(before), after_right=is_right(after), **boxes,

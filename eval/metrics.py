@@ -14,8 +14,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from data.boxes import parse_boxes
 from data.errors import UserError
-from eval.boxes import centre, holds, intersection_over_union, parse_boxes
+from eval.boxes import centre, holds, intersection_over_union
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Reply:
     messages: list[dict] | None = None
     truth: dict[str, Any] | None = None
     other: str | None = None
+    extent: tuple[float, float] = (1000, 1000)  # what boxes count to, at the right and the lower edge of the picture
 
 
 # ---- shares and intervals --------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
+from data.boxes import KEEP, BoxRule, boxes_of
 from data.errors import UserError
-from model import load_model
-from model.family import Family, Model, Options
+from model import load_model, resolve
+from model.family import Family, Model, Options, find_family
 from model.files import read_json
 from training import memory, precision
 from training.precision import Precision
@@ -45,6 +46,7 @@ def open_subject(
     max_pixels: int | None = None,
     precision_name: str | None = None,
     device_name: str = "auto",
+    box_format: str | None = None,
 ) -> Subject:
     """Load what `name` means, in eval mode; None takes what the run was trained with. quant is 8bit, 4bit or none.
 
@@ -56,9 +58,7 @@ def open_subject(
         quant = "8bit" if settings.get("use_8bit") else "4bit" if settings.get("use_4bit") else None
     device = memory.check_device(device_name)
     dtypes = precision.choose(precision_name or settings.get("precision", "auto"), device)
-    options = Options(
-        max_pixels=max_pixels or settings.get("max_pixels"), tool_template=settings.get("tool_template", "none")
-    )
+    options = choose_options(settings, max_pixels, box_format)
     model, family = load_model(place.base, None if quant == "none" else quant, dtypes.frozen, device, options)
     if place.adapter:
         from lora.files import load_adapter
@@ -66,6 +66,21 @@ def open_subject(
         load_adapter(model, family, place.adapter)
         model.eval()
     return Subject(model, family, dtypes, place.run)
+
+
+def choose_options(settings: dict[str, Any], max_pixels: int | None, box_format: str | None) -> Options:
+    """What a family is made with: what is given, else a run's settings."""
+    return Options(
+        max_pixels=max_pixels or settings.get("max_pixels"), tool_template=settings.get("tool_template", "none"),
+        box_format=box_format or settings.get("box_format", "keep"),
+    )
+
+
+def open_boxes(name: str, adapter: str | None, max_pixels: int | None, box_format: str | None) -> BoxRule:
+    """How the boxes of rows are rewritten for a model, from its files without its weights."""
+    place = find(name, adapter)
+    options = choose_options(read_settings(place.run), max_pixels, box_format)
+    return KEEP if options.box_format == "keep" else boxes_of(find_family(resolve(place.base), options))
 
 
 def find(name: str, adapter: str | None) -> Place:

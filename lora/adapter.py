@@ -216,15 +216,15 @@ def disabled(model: Model) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def reference_of(model: Model) -> Callable[[], AbstractContextManager[None]] | None:
+def reference_of(model: Model, copy: bool = False) -> Callable[[], AbstractContextManager[None]] | None:
     """The model as it is now, to be gone back to for a while whenever the result is called: DPO's and RLOO's reference.
-    None without an adapter, where that would take a second set of weights.
+    None without an adapter, where that takes a second set of the trained weights, unless `copy` asks for one.
 
     A fresh LoRA changes nothing, so there it is switched off. An adapter that was loaded belongs to the reference: its
     values are copied (18 MiB at rank 16 of a 3B model) and put back for that while.
     """
     layers = lora_layers(model.net).values()
-    if not layers and model.prefix is None:
+    if not layers and model.prefix is None and not copy:
         return None
     if layers and all(ADAPTER not in x.lora_magnitude_vector and not x.lora_B[ADAPTER].weight.any() for x in layers):
         return lambda: disabled(model)
@@ -269,9 +269,8 @@ def trainable_table(model: Model) -> list[Row]:
     return rows
 
 
-def table_text(model: Model) -> str:
-    """The table as it is printed before training, with a line for the whole."""
-    rows = trainable_table(model)
+def table_text(rows: list[Row]) -> str:
+    """trainable_table() as it is printed before training, with a line for the whole."""
     rows = [*rows, ("all", sum(row[1] for row in rows), sum(row[2] for row in rows))]
     lines = [f"{part:<10} {some:>15,} of {total:>15,}  {some / max(total, 1):8.3%}" for part, some, total in rows]
     return "\n".join(["trained parameters", *lines])

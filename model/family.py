@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from data.batches import Packed, pack_row
+from data.boxes import Box, Convention
 from data.errors import UserError
 from data.labels import NO_LOSS, Example, PieceTokenizer, mask
 from model.files import check_ids, read_json, read_tokenizer
@@ -30,6 +31,7 @@ class Options:
     tool_template: str = "none"
     labels: str = "ours"
     image_cache: str | None = None
+    box_format: str = "keep"
 
 
 class Family:
@@ -140,6 +142,7 @@ class Family:
     # ---- pictures ---------------------------------------------------------------------------------------------------
 
     image_token_id: int | None = None  # the placeholder id; None for a text family
+    box_convention: Convention | None = None  # how the model was taught to write boxes, if it was
 
     def picture(self, image: Any) -> tuple[dict[str, torch.Tensor], int]:
         """To define for vision: one picture (path or PIL image) -> (its tensors, number of positions it takes)."""
@@ -148,6 +151,10 @@ class Family:
     def seen_size(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) at which the model sees a picture of this size: what boxes in pixels count in."""
         return width, height
+
+    def regions(self, width: int, height: int) -> list[Box | None]:
+        """To define where positions are parts of a picture: for each, the part that it stands for, None for a separator."""
+        return [(0, 0, width, height)] * self.picture_positions(width, height)
 
     def picture_positions(self, width: int, height: int) -> int:
         """To define for vision: positions that a picture of this size takes, without opening it."""

@@ -7,6 +7,7 @@ fused F.linear_cross_entropy reports a bf16 loss.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +28,7 @@ def per_token(
     """function(logits, *extra) at the positions `where`, without ever holding all logits.
 
     hidden (T, D); weight (V, D) of the head; where (n,) indices into T; each extra tensor (n, ...) is cut along with
-    the positions. function maps (c, V) fp32 logits and its part of the extras to one value per position. Returns (n,).
+    the positions. function maps (c, V) fp32 logits and its part of the extras to (c,) or (c, m). Returns (n,) or (n, m).
     """
     size = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
 
@@ -37,21 +38,24 @@ def per_token(
     if len(where) <= size:  # one chunk: backward begins with its logits, so forgetting them would save nothing
         return values(hidden[where], *extra)
     chunks = zip(hidden[where].split(size), *(x.split(size) for x in extra), strict=True)
-    return torch.cat([checkpoint(values, *chunk) for chunk in chunks])  # (n,)
+    return torch.cat([checkpoint(values, *chunk) for chunk in chunks])
 
 
-def sequence_logprobs(model: "Model", packed: "Packed") -> torch.Tensor:
+def sequence_logprobs(model: "Model", packed: "Packed", temperature: float = 1.0) -> torch.Tensor:
     """sum_t log p(token_t | tokens before it) over the supervised tokens of each example of a packed row: (S,) fp32."""
-    where, target = packed.supervised()
-    losses = per_token(model.hidden(packed), model.head_weight, negative_log_likelihood, where, target)  # (n,)
-    lengths = torch.tensor(packed.lengths, device=losses.device)
-    segment = torch.repeat_interleave(lengths)[where]  # (n,) number of the example that a token belongs to
-    return -losses.new_zeros(len(lengths)).index_add(0, segment, losses)  # (S,)
+    (where, target), function = packed.supervised(), partial(negative_log_likelihood, temperature=temperature)
+    return -sum_by_example(per_token(model.hidden(packed), model.head_weight, function, where, target), packed, where)
 
 
-def negative_log_likelihood(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """-log softmax(logits)[target] of each position: (c, V), (c,) -> (c,), in fp32."""
-    return _NegativeLogLikelihood.apply(logits, target)
+def sum_by_example(values: torch.Tensor, packed: "Packed", where: torch.Tensor) -> torch.Tensor:
+    """Sums over each of the S examples of a packed row of the values (n, ...) at its positions `where`: (S, ...)."""
+    segment = torch.repeat_interleave(torch.tensor(packed.lengths, device=values.device))[where]  # (n,) number of the example
+    return values.new_zeros(len(packed.lengths), *values.shape[1:]).index_add(0, segment, values)
+
+
+def negative_log_likelihood(logits: torch.Tensor, target: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """-log softmax(logits / temperature)[target] of each position: (c, V), (c,) -> (c,), in fp32."""
+    return _NegativeLogLikelihood.apply(logits if temperature == 1 else logits / temperature, target)
 
 
 class _NegativeLogLikelihood(torch.autograd.Function):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import UserError
+from stages import sft
 from training.options import option
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Pair:
         return self.chosen.id
 
 
-class Stage:
+class Stage(sft.Stage):
     """See stages/__init__.py for what each method is asked for."""
 
     takes = ("preference",)
@@ -80,7 +81,8 @@ class Stage:
     def __init__(self, flags: Flags, model: "Model", max_length: int | None = None):
         from lora.adapter import reference_of
 
-        self.flags, self.family, self.max_length = flags, model.family, max_length
+        super().__init__(flags, model, max_length)
+        self.flags = flags
         go_back = reference_of(model)  # None: the weights themselves are trained
         self.reference = go_back or nullcontext
         self.precomputes = flags.precompute_ref_log_probs or go_back is None

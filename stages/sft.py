@@ -31,6 +31,7 @@ class Stage:
 
     takes = ("conversation",)
     rate = 1.0
+    num_answers, held_bytes, task = 0, 0, None
 
     def __init__(self, flags: Flags, model: Model, max_length: int | None = None):
         self.family = model.family
@@ -47,6 +48,9 @@ class Stage:
 
     def prepare(self, run: Any) -> None:
         """Nothing is needed before the first step."""
+
+    def collect(self, run: Any, examples: list[Any]) -> list[list[Any]]:
+        return [examples]
 
     def denominator(self, examples: Iterable[Example]) -> float:
         """Supervised tokens of a step, each counted with its weight."""

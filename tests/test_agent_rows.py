@@ -9,6 +9,7 @@ import pytest
 from conftest import shared
 from PIL import Image
 
+from data.boxes import parse_boxes
 from data.dialect_browser import WINDOW, window_around
 from data.dialect_proxy_lite import TOOLS, expand
 from data.dialects import read_row
@@ -16,7 +17,6 @@ from data.errors import UserError
 from data.images import image_size, open_image
 from data.records import open_records
 from data.turns import Problem, parts_of
-from eval.boxes import parse_boxes
 
 
 def write_jsonl(path, rows):

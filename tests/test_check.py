@@ -135,6 +135,13 @@ def test_what_may_be_is_no_problem(check):
     assert check([TOOL_ROW], "--tool_template", "qwen")[1] == {}
 
 
+def test_boxes_that_are_rewritten(check):
+    rows = [picture(answer=f"<box>{box}</box>") for box in ("900 900 1000 1010", "1200 20 1430 40")]
+    _, bad, summary = check(rows, "--box_format", "thousandths")
+    assert list(bad) == [2] and "as --box_format says" in bad[2]
+    assert summary["notes"]["box cut at its picture's edge"] == 1
+
+
 def test_two_faults_of_a_row_are_one_line(check):
     _, bad, summary = check([picture("cut.png", answer="<box>-1 0 3 4</box>")])
     assert "cut short" in bad[1] and "box lies outside" in bad[1] and summary["bad_rows"] == 1

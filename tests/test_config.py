@@ -40,13 +40,13 @@ STAGES = {"sft": Plain, "dpo": Pairs, "rloo": Rollouts}
 
 # The command line that others may rely on: a flag that goes, comes or changes its name must be changed here too.
 FLAGS = """
-adam_beta2 adapter allow_outside_images base_model batch_size config data_path demo device epochs eval_every eval_path
-eval_split eval_task force freeze_projector freeze_vision grad_accum gradient_checkpointing image_cache image_column image_root
-labels learning_rate logging_steps lora_alpha lora_dropout lora_parts lora_r lora_targets lr_schedule max_grad_norm max_length
-max_new_tokens max_pixels max_steps max_text_length micro_tokens num_virtual_tokens num_workers offload_activations
+adam_beta2 adapter allow_outside_images base_model batch_size box_format config data_path demo device epochs eval_every
+eval_path eval_split eval_task force freeze_projector freeze_vision grad_accum gradient_checkpointing image_cache image_column
+image_root labels learning_rate logging_steps lora_alpha lora_dropout lora_parts lora_r lora_targets lr_schedule max_grad_norm
+max_length max_new_tokens max_pixels max_steps max_text_length micro_tokens num_virtual_tokens num_workers offload_activations
 on_bad_row optim output_dir peft_type precision predict_with_generate print_config prompt_template replay_step report_to
-response_template resume save_every save_total_limit seed skip_spikes stage test_path tool_template use_4bit use_8bit
-use_dora use_lora use_rslora warmup_steps weight_decay
+response_template resume save_every save_total_limit seed skip_spikes stage test_path tool_template use_4bit use_8bit use_dora
+use_lora use_rslora warmup_steps weight_decay
 """.split()
 
 COGAGENT_LORA = """

@@ -10,13 +10,13 @@ import pytest
 from conftest import ROOT, shared
 from PIL import Image
 
+from data.boxes import parse_boxes
 from data.convert import convert_guicourse, read_pictures
 from data.errors import UserError
 from data.guicourse import convert_row
 from data.images import open_image
 from data.records import open_records
 from data.turns import Problem, parts_of
-from eval.boxes import parse_boxes
 
 pyarrow = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402

@@ -110,17 +110,24 @@ def test_a_question_is_a_problem(write, quiz):
 KINDS_OF_ROWS = [{"messages": [USER, GOOD]}, {"chosen": [USER, GOOD], "rejected": [USER, BAD]}, {"quiz": "2 + 2?"}]
 
 
-@pytest.mark.parametrize("takes, good", [(("conversation",), [0, 1]), (("preference",), [1]), (("problem",), [2]),
+@pytest.mark.parametrize("takes, good", [(("conversation",), [0, 1]), (("preference",), [1]), (("problem",), [1, 2]),
                                          (("problem", "preference"), [1, 2]), (("conversation", "preference"), [0, 1])])
 def test_a_stage_takes_its_kinds(write, quiz, takes, good):
     path = write(KINDS_OF_ROWS)
     records = open_records(path, on_bad_row="skip", takes=takes)
     assert [record.where for record in records] == [f"rows.jsonl:{number + 1}" for number in good]
     assert all(" is a " in row["problem"] and "the stage takes a " in row["problem"] for row in records.bad)
-    chosen_alone = takes == ("conversation",)
-    assert records.notes == ({"preference read as its chosen answer alone": 1} if chosen_alone else {})
-    kinds = {"conversation"} if chosen_alone else {["conversation", "preference", "problem"][number] for number in good}
+    notes = {"conversation": "preference read as its chosen answer alone", "problem": "preference read as its prompt"}
+    assert records.notes == ({notes[takes[0]]: 1} if takes[0] in notes and "preference" not in takes else {})
+    alone = {takes[0]} if "preference" not in takes else None
+    kinds = alone or {["conversation", "preference", "problem"][number] for number in good}
     assert {record.kind for record in records} == kinds and all(record.kind in takes for record in records)
+
+
+def test_a_preference_as_a_problem_is_its_prompt(write):
+    """For rewards that compare, the chosen answer is what is compared with."""
+    [record] = open_records(write(KINDS_OF_ROWS[1:2]), takes=("problem",))
+    assert (record.messages, record.truth, record.rejected) == ([USER], {"answer": GOOD["content"]}, None)
 
 
 def test_sft_refuses_a_problem_in_one_sentence(write, quiz):

@@ -31,6 +31,7 @@ FORKS = {
     "a token-weighted loss": "stages/weighted.py",
     "KL to a teacher": "stages/distill.py",
     "SimPO": "stages/simpo.py",
+    "GRPO": "stages/grpo.py",
     "a new optimizer": "training/optim_lion.py",
     "a dialect": "data/dialect_alpaca.py",
     "a metric": "eval/tasks/transcription.py",
@@ -179,6 +180,31 @@ def test_simpo(tmp_path, base):
     losses = losses_of(output)
     assert losses[0] == pytest.approx(torch.stack(values).mean().item(), abs=1e-5)
     assert losses[-1] < losses[0] - 0.1 and not (output / "reference.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_grpo(tmp_path, base):
+    """Its gradient is that of -mean_i A_i mean_t log p(token t of answer i) on transformers' network; a run has figures."""
+    grpo = import_fork(FORKS["GRPO"])
+    student, _ = load_model(base, dtype="float32")
+    stage, examples, net = grpo.Stage(grpo.Flags("text"), student), examples_of(base), open_hub_model(base)
+    expected = 0.0
+    for number, example in enumerate(examples):
+        example.values = {"advantage": number - 1.5, "answer_tokens": float(example.num_supervised), "reward": 0.5}
+        found, tokens = answers(net, example)
+        expected = expected - (number - 1.5) * found.gather(1, tokens[:, None]).mean() / len(examples)
+    expected.backward()
+    for row in stage.pack(examples, 60):
+        loss, figures = stage.loss(student, row, stage.denominator(examples))
+        loss.backward()
+    theirs = dict(net.named_parameters())
+    for name, p in student.net.named_parameters():
+        torch.testing.assert_close(p.grad, theirs[name].grad, atol=1e-5, rtol=1e-3)
+    path = write_rows(tmp_path / "problems.jsonl", [{"prompt": q, "ground_truth": a} for q, a in CHATS])
+    more = ["--stage", "grpo", "--reward", "text", "--num_samples", 3, "--max_new_tokens", 4, "--max_steps", 2]
+    output, _ = run_fork(tmp_path, FORKS["GRPO"], base, path, *more)
+    assert losses_of(output) == pytest.approx([0, 0], abs=1e-6)
+    assert all("reward" in r and "entropy" in r for r in read_journal(output / "journal.jsonl") if "event" not in r)
 
 
 def test_a_model_is_no_distance_from_itself(monkeypatch, base):

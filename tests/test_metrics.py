@@ -7,8 +7,9 @@ import random
 import pytest
 from PIL import Image
 
+from data.boxes import parse_boxes
 from data.errors import UserError
-from eval.boxes import draw_boxes, intersection_over_union, parse_boxes
+from eval.boxes import draw_boxes, intersection_over_union
 from eval.metrics import (
     Reply,
     box_iou,

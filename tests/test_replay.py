@@ -141,3 +141,20 @@ def test_a_run_that_waits_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags, "--num_workers", 0, "--max_pixels", 3136])])
     assert train.main() == 0
     assert re.search(r"warning: \d+% of the last 10 steps .* --num_workers \d+ would remove it", capsys.readouterr().out)
+
+
+def test_sampled_answers_are_sampled_again(tmp_path, monkeypatch, capsys):
+    """RLOO: a replayed step has the answers, loss and norm of the journal; each answer has a line."""
+    write_tiny("qwen2", tmp_path / "base")
+    rows = [{"id": f"p{n}", "prompt": f"say {n}", "ground_truth": str(n)} for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--base_model", tmp_path / "base", "--data_path", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "run"]
+    flags += ["--stage", "rloo", "--reward", "test_rloo:checksum", "--num_samples", 3, "--max_new_tokens", 5, "--batch_size", 2]
+    flags += ["--use_lora", "--max_steps", 3, "--save_every", 1, "--device", "cpu", "--precision", "fp32", "--num_workers", 0]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--learning_rate", "0.05"])
+    assert train.main() == 0
+    before = state_of(tmp_path)
+    out = replay(monkeypatch, capsys, tmp_path / "run", 3)
+    assert state_of(tmp_path) == before and out.count("rows.jsonl:") == 6
+    loss, norm, then_loss, then_norm = step_line(out)
+    assert (loss, norm) == (then_loss, then_norm) and norm > 0

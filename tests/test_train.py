@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import train
 from model import load_model
 from model.tiny import write_tiny
+from training import opening
 from training.journal import read_journal
 
 
@@ -261,8 +262,8 @@ def test_out_of_memory_redoes_the_step(monkeypatch, tmp_path, base, rows, capsys
         return loss
 
     monkeypatch.setattr(sft.Stage, "loss", tight)
-    monkeypatch.setattr(train.Run, "rehearse", lambda self: None)
-    monkeypatch.setattr(train.Run, "write_opening", lambda self, expected: None)
+    monkeypatch.setattr(opening, "rehearse_run", lambda run: None)
+    monkeypatch.setattr(opening, "write", lambda run, expected: None)
     assert run(monkeypatch, *flags(base, rows, tmp_path / "tight", *more)) == 0
     assert "done again in packed rows" in capsys.readouterr().out
     assert losses_of(tmp_path / "tight") == pytest.approx(losses_of(plain), abs=1e-5)

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from data.boxes import FORMATS
 from data.errors import UserError
 from training.options import Parser, Said, add_flag, collect, convert, help_text, note, option, put, read_yaml
 
@@ -48,6 +49,8 @@ class Config:
                                          "\"Describe {title}.\"; alone, the prompt of problems", shown="TEXT")
     response_template: str | None = option(None, "words that make the answer of a table's row", shown="TEXT")
     image_column: str | None = option(None, "column of a table with the path of the picture", shown="NAME")
+    box_format: str = option("keep", "what boxes in the rows count: thousandths or fractions of a picture's sides, or its "
+                             "pixels; they are rewritten to what the model was taught. keep: text as it stands", words=FORMATS)
     on_bad_row: str = option("stop", "what a row that cannot be used does to the run", words="stop skip", steers=False)
     labels: str = option("ours", "tokens with a loss: every answer and its stop token (ours), or as the model's makers "
                          "did it", words="ours official")

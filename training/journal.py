@@ -9,6 +9,7 @@ needed; wandb and tensorboard are there for those who ask (--report_to). Costs a
 import json
 import math
 import os
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ def read_journal(path: str | Path) -> list[dict]:
         records.append({key: NON_FINITE.get(value, value) if isinstance(value, str) else value
                         for key, value in record.items()})
     return records
+
+
+def now() -> str:
+    """The time of day, as records and pages show it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
 class Journal:

@@ -66,6 +66,11 @@ def block_bytes(stack: Stack, element_bytes: int = 2, dropout: bool = False) -> 
     return stack.tokens * (element_bytes * elements + 8 * stack.hidden) * (1.5 if dropout else 1.0)
 
 
+def cache_bytes(stack: Stack, element_bytes: int = 2) -> float:
+    """One position of a KV cache: a key and a value of every layer."""
+    return 2 * stack.layers * stack.key * element_bytes
+
+
 def plan(weights: dict[tuple[str, str], float], num_trained: int, language: Stack, vision: Stack | None = None, *,
          vocabulary: int, head_positions: int, gradient_bytes: float = 4, state_bytes: float = 8,
          element_bytes: int = 2, checkpointing: bool = True, dropout: bool = False,

@@ -78,5 +78,8 @@ def limits(config: Any, family: Any) -> str:
         )
     if config.max_pixels:
         lines.append(f"- Pictures had at most {config.max_pixels} pixels. Set this limit where you serve it, or boxes shift.")
+    if config.box_format != "keep" and family.box_convention:
+        unit = {"pixels": "pixels of the picture as the model sees it"}.get(family.box_convention.unit, "thousandths")
+        lines.append(f"- Boxes in prompts and answers count {unit}; the rows' counted {config.box_format}.")
     lines.append("- Sampling settings of generation_config.json are the base's; the evaluation here is greedy.")
     return "\n".join(lines)

@@ -23,8 +23,10 @@ from model.shards import tensor_bytes
 from training import checkpoint
 from training.guards import is_out_of_memory
 from training.memory import (
+    GIB,
     STATE_BYTES,
     advise,
+    cache_bytes,
     choose_micro_tokens,
     free_gib,
     peak_gib,
@@ -36,6 +38,7 @@ from training.memory import (
 from training.state import capture_random, restore_random
 
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}  # the longest packed row: more gains nothing
+CACHE_TOKENS = {"cpu": 16384, "cuda": 2**21}  # of answers sampled at once; 128 prompts x 8 of 1,200 positions are 1.2 million
 
 
 @dataclass
@@ -60,11 +63,15 @@ class Forecast:
 class Plan:
     """The arithmetic of training/memory.py on one model and its settings, as a function of the packed row's length."""
 
-    def __init__(self, model: Any, config: Any):
-        """model is a model.family.Model with its adapter attached; config the run's settings."""
-        self.model, self.config = model, config
+    def __init__(self, model: Any, config: Any, num_answers: int = 0, held_bytes: int = 0):
+        """model is a model.family.Model with its adapter attached; config the run's settings; num_answers are sampled to a
+        row before it is trained on; held_bytes are what the stage keeps, beside the model."""
+        self.model, self.config, self.num_answers, self.held_bytes = model, config, num_answers, held_bytes
+        self.cache_tokens = 0  # of the KV cache that answers are sampled with
         self.vocabulary = model.head_weight.shape[0]
         self.weights = weights_by_part(model.net.named_parameters(), model.family.part_of, self.vocabulary)
+        self.element_bytes = 4 if "32" in str(self.model.head_weight.dtype) else 2  # the residual stream's
+        self.cache_bytes = cache_bytes(stack_from_config(model.net.config.get_text_config(), 1), self.element_bytes)
         self.trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
     def parts(self, tokens: int) -> list[tuple[str, float]]:
@@ -73,7 +80,8 @@ class Plan:
         vision = getattr(net.config, "vision_config", None)
         trains_vision = any(self.model.family.part_of(name.removeprefix("net.")) != "language" for name, _ in self.trained)
         patches = tokens * getattr(vision, "spatial_merge_size", 1) ** 2
-        return plan(
+        own = [("reference weights", self.held_bytes), ("KV cache of sampled answers", self.cache_tokens * self.cache_bytes)]
+        return [(part, size / GIB) for part, size in own if size] + plan(
             self.weights,
             sum(p.numel() for _, p in self.trained),
             stack_from_config(net.config.get_text_config(), tokens),
@@ -82,7 +90,7 @@ class Plan:
             head_positions=min(tokens, CHUNK_BYTES // (4 * self.vocabulary)),
             state_bytes=STATE_BYTES.get(config.optim, 8.0),
             gradient_bytes=max((p.element_size() for _, p in self.trained), default=4),
-            element_bytes=4 if "32" in str(self.model.head_weight.dtype) else 2,  # the residual stream's
+            element_bytes=self.element_bytes,
             checkpointing=config.gradient_checkpointing,
             dropout=config.use_lora and config.lora_dropout > 0,
             cuda=self.model.device.type == "cuda",
@@ -100,6 +108,19 @@ class Plan:
                 raise UserError(f"{error} --force tries it all the same") from None
         print(f"--force: one row of {longest} positions at a time, though the plan says that it will not fit")
         return longest
+
+    def fit(self, longest: int) -> tuple[int, int]:
+        """(micro_tokens, cache_tokens) for rows of `longest` positions before their answers: the packed row first, beside a
+        KV cache for the answers to one row, which then grows into half of what is left (the other half for its copies)."""
+        if not self.num_answers:
+            return self.micro_tokens(longest), 0
+        longest += self.config.max_new_tokens
+        self.cache_tokens = self.num_answers * longest
+        micro_tokens = self.micro_tokens(longest)
+        left = 0.95 * free_gib(self.model.device) - sum(gib for _, gib in self.parts(micro_tokens))
+        more = min(int(left / 2 * GIB / self.cache_bytes), CACHE_TOKENS[self.model.device.type] - self.cache_tokens)
+        self.cache_tokens += max(0, more)
+        return micro_tokens, self.cache_tokens
 
     def forecast(self, tokens: int, seconds: float, steps: int) -> Forecast:
         """The plan beside the seconds of one update that the rehearsal measured."""

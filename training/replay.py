@@ -40,9 +40,11 @@ def replay(run: Any) -> int:
     if before != now:
         raise UserError(f"{run.folder} was trained on other rows than {run.config.data_path} holds now; bring them back")
     run.batches.num_workers = 0
-    examples = run.rows.usable(next(run.batches.steps(step - 1, step)))
+    rows = run.rows.usable(next(run.batches.steps(step - 1, step)))
     place, ago = run.found or run.config.base_model, step - 1 - run.state.step
     print(f"step {step} with the weights of {place}" + f", which lack the {ago} updates before it" * bool(ago))
+    run.state.step = step - 1
+    examples = run.stage.collect(run, rows)[0]
     total = run.stage.denominator(examples)
     loss, norm, problem = backward(run, examples, total)
     print(f"{'row':<32}{'tokens':>8}{'with loss':>11}{'loss':>12}{'gradient norm':>15}")

@@ -1,8 +1,9 @@
 """report.html: a whole run on one page that opens without a network, a server or an account.
 
-Everything but the samples comes from the output folder: journal.jsonl, run.yaml, bad_rows.jsonl. So the report of an
-interrupted run is made from what lies there, and train.py only adds samples. Curves are SVG drawn here, at most 400
-points each; colours are CSS variables, light and dark. A page costs about 40 KB and at most 300 KB for each picture.
+Everything but the held-out samples comes from the output folder: journal.jsonl, run.yaml, bad_rows.jsonl and
+outputs/rollouts.jsonl. So the report of an interrupted run is made from what lies there, and train.py only adds samples.
+Curves are SVG drawn here, at most 400 points each; colours are CSS variables, light and dark. A page costs about 40 KB and
+at most 300 KB for each picture.
 
 The journal's events that this page shows (each has a step; all are optional):
   start      command, machine, time, versions {name: version}, last_step, data [{file, sha256, rows}],
@@ -14,7 +15,6 @@ The journal's events that this page shows (each has a step; all are optional):
 
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from html import escape
 from itertools import cycle
@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING
 
 from training.journal import read_journal
 from training.memory import size_text
-from training.page import CSS, Markup, Points, chart, clock, embed, legend, smooth, table
+from training.page import Markup, Points, chart, clock, embed, legend, smooth, table, write_page
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+NUM_ROLLOUTS = 8  # the last sampled answers of RLOO that the page shows
 KINDS, ARROW = ("expected", "before", "after"), "\u2192"
 STEP_KEYS = ("step", "loss", "lr", "grad_norm", "supervised_tokens", "seconds", "data_wait", "memory", "rows")  # of any stage
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the picture
@@ -79,22 +80,19 @@ def read_report(folder: str | Path) -> Report:
     folder = Path(folder)
     config, bad_rows = folder / "run.yaml", folder / "bad_rows.jsonl"
     lines = bad_rows.read_bytes().splitlines() if bad_rows.exists() else []
+    rollouts = folder / "outputs" / "rollouts.jsonl"
+    sampled = map(json.loads, rollouts.read_bytes().splitlines()[-NUM_ROLLOUTS:] if rollouts.exists() else [])
+    shown = [Sample(f"{line['id']}, sampled in step {line['step']}: reward {line['reward']:.4g}, advantage "
+                    f"{line['advantage']:.3g}", line["prompt"], line["label"], after=line["response"]) for line in sampled]
     return Report(folder.resolve().name, read_journal(folder / "journal.jsonl"),
-                  config.read_text(encoding="utf-8") if config.exists() else "", [json.loads(line) for line in lines])
+                  config.read_text(encoding="utf-8") if config.exists() else "", [json.loads(line) for line in lines], shown)
 
 
 def write_report(path: str | Path, report: Report) -> None:
-    """Write the page in one go (temporary file, rename): a reader never sees half a page."""
+    """Write report.html."""
     sections = [header(report), curves(report), time_spent(report), forecast_and_fact(report), tables(report),
                 samples(report.samples), bad_rows(report), skipped_steps(report), configuration(report)]
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser itself keeps the page offline
-    page = ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-            f"<title>{escape(report.name)}: training report</title><style>{CSS}</style></head><body><main>\n"
-            + "\n".join(filter(None, sections)) + "\n</main></body></html>\n")
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    os.replace(temporary, path)
+    write_page(path, f"{report.name}: training report", sections)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ class State:
 
     step: int = 0  # optimizer steps done, skipped ones included; also the place in the data (data/batches.py)
     micro_tokens: int = 0  # longest packed row; another cut would change the last digits of sums
+    cache_tokens: int = 0  # positions of one batch of sampled answers; another cut would change last digits of logits
     scaler: LossScaler = field(default_factory=LossScaler)
     statistics: Statistics = field(default_factory=Statistics)
 

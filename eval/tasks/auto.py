@@ -1,6 +1,6 @@
 """Rows of any kind: every label is compared as text, one with a box also as a box, one with a call also as a call."""
 
-from eval.boxes import parse_boxes
+from data.boxes import parse_boxes
 from eval.metrics import Reply, box_iou, centre_in_box, exact_match, parse_calls, token_f1, tool_call
 from eval.tasks import Task
 

@@ -4,7 +4,7 @@ Text: the same characters, and shared words. Regions: the mean over the answered
 the label (regions left out cost nothing), and the share of answers above 0.2, 0.5, 0.7 and 0.9 of it.
 """
 
-from eval.boxes import parse_boxes
+from data.boxes import parse_boxes
 from eval.metrics import Reply, box_iou, exact_match, token_f1
 from eval.tasks import Task
 

@@ -10,16 +10,15 @@ from collections import defaultdict
 from statistics import fmean
 from typing import Any
 
+from data.boxes import strip_boxes
 from eval.metrics import Reply, centre_in_box
 from eval.tasks import Task, means
-
-BOX = re.compile(r"<box>.*?</box>", re.DOTALL)
 
 
 def step(reply: Reply) -> dict[str, float]:
     """step_success, element_accuracy and operation_f1. Raises UserError for a label without a box."""
     element = centre_in_box(reply)["centre_in_box"]
-    ours, theirs = (set(BOX.sub(" ", text).lower().split()) for text in (reply.response, reply.label))
+    ours, theirs = (set(strip_boxes(text).lower().split()) for text in (reply.response, reply.label))
     f1 = 2 * len(ours & theirs) / (len(ours) + len(theirs)) if ours or theirs else 1.0
     return {"step_success": float(element == f1 == 1.0), "element_accuracy": element, "operation_f1": f1}
 

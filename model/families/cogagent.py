@@ -22,8 +22,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data.batches import Packed
+from data.boxes import Box, Convention
 from data.errors import UserError
-from data.images import open_resized
+from data.images import cells, open_resized
 from data.labels import Example
 from model.attention import segment_attention
 from model.family import Family
@@ -282,6 +283,7 @@ class CogAgent(Family):
     name = "cogagent"
     model_types = ("chatglm",)
     parts = {"language": "transformer", "projector": "transformer.vision.linear_proj", "vision": "transformer.vision"}
+    box_convention = Convention("thousandths", "box=[[{},{},{},{}]]", "box=[[{},{},{},{}]]", most=999)
     blocks = ("transformer.encoder.layers", "transformer.vision.transformer.layers")
     quantized_parts = ("language", "projector", "vision")
     lora_targets = ("query_key_value",)
@@ -374,6 +376,10 @@ class CogAgent(Family):
 
     def seen_size(self, width: int, height: int) -> tuple[int, int]:
         return (self.config["vision_config"]["image_size"],) * 2
+
+    def regions(self, width: int, height: int) -> list[Box | None]:
+        side = self.seen_size(width, height)[0] // self.config["vision_config"]["patch_size"] // MERGE
+        return cells((width, height), side, side)
 
     def picture_positions(self, width: int, height: int) -> int:
         return (self.seen_size(width, height)[0] // self.config["vision_config"]["patch_size"] // MERGE) ** 2

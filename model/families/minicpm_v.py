@@ -23,8 +23,9 @@ from transformers import Idefics2VisionConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddings, Idefics2VisionTransformer
 
 from data.batches import Packed
+from data.boxes import Box, Convention
 from data.errors import UserError
-from data.images import image_size, open_resized
+from data.images import cells, image_size, open_resized
 from data.labels import NO_LOSS, Example, mask
 from model.families.qwen2 import joined
 from model.family import Family, Model, expand_pictures, images_of
@@ -207,6 +208,7 @@ class MiniCPMLlama3V(Family):
     model_types = ("minicpmv",)
     prefixes = {"resampler.attn.out_proj.": "resampler.attn.out_proj_"}
     parts = {"language": "llm", "projector": "resampler", "vision": "vpm"}
+    box_convention = Convention("thousandths", "<box>{} {} {} {}</box>", "<point>{} {}</point>")
     blocks = ("llm.model.layers", "vpm.encoder.layers")
     lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     tiny_tokens = (BEGIN, END, SLOT, HEADER, HEADER_END.strip(), STOP, IMAGE, IMAGE_END, *GROUNDING, SLICES, SLICES_END)
@@ -384,6 +386,12 @@ class MiniCPMLlama3V(Family):
         pixels = pixels.permute(0, 2, 4, 1, 3).flatten(0, 1) / 255  # (P, C, patch, patch)
         mean, std = (torch.tensor(rule[name])[:, None, None] for name in ("norm_mean", "norm_std"))
         return ((pixels - mean) / std).flatten(1)
+
+    def regions(self, width: int, height: int) -> list[Box | None]:
+        grid = self.plan(width, height)[0]
+        slices = [(0, 0, width, height)] + (cells((width, height), *grid) if grid[0] else [])
+        slots = (part for part in slices for _ in range(self.num_queries))
+        return [next(slots) if token == SLOT else None for token in layout(*grid, self.num_queries)]
 
     def picture_positions(self, width: int, height: int) -> int:
         return len(layout(*self.plan(width, height)[0], self.num_queries))

@@ -25,8 +25,9 @@ from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPVisionEmbedd
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from data.batches import Packed, pack_row
+from data.boxes import Box
 from data.errors import UserError
-from data.images import image_size, open_resized
+from data.images import cells, image_size, open_resized
 from data.labels import Example, Piece, cut_turns
 from model.families.qwen2 import ChatML, without_pictures
 from model.family import Family, Model
@@ -353,6 +354,16 @@ class Phi3Vision(Family):
         """Positions of a picture of so many tiles: both maps, a row end for each of their rows, one separator."""
         side = self.tower_settings["image_size"] // self.tower_settings["patch_size"] // 2
         return (rows * columns + 1) * side**2 + (rows + 1) * side + 1
+
+    def regions(self, width: int, height: int) -> list[Box | None]:
+        """Of the tiles, then of the whole view; row ends, the separator, and white beside the picture are no part of it."""
+        (rows, columns), found = self.grid(width, height), []
+        side = self.tower_settings["image_size"] // self.tower_settings["patch_size"] // 2
+        scale = max(width, height) / (columns if width >= height else rows)  # picture pixels a tile
+        for across, down in ((columns * side, rows * side), (side, side)):
+            parts = cells((width, height), across, down, (columns * scale, rows * scale))
+            found += [part for start in range(0, len(parts), across) for part in (*parts[start : start + across], None)]
+        return found[: -side * (side + 1)] + [None] + found[-side * (side + 1) :]
 
     def picture_positions(self, width: int, height: int) -> int:
         return self.grid_positions(*self.grid(width, height))

@@ -14,8 +14,9 @@ from torch import nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 
 from data.batches import Packed
+from data.boxes import Box, Convention
 from data.errors import UserError
-from data.images import image_size, open_resized, patchify, smart_resize
+from data.images import cells, image_size, open_resized, patchify, smart_resize
 from model.attention import segment_attention
 from model.families.qwen2 import ChatML
 from model.files import read_json
@@ -41,6 +42,7 @@ class Qwen2_5_VL(ChatML):  # noqa: N801 - the model's name
     model_types = ("qwen2_5_vl",)
     prefixes = {"visual.": "model.visual.", "model.": "model.language_model."}
     parts = {"language": "model.language_model", "projector": "model.visual.merger", "vision": "model.visual"}
+    box_convention = Convention("pixels")
     blocks = ("model.language_model.layers", "model.visual.blocks")
     lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -131,6 +133,10 @@ class Qwen2_5_VL(ChatML):  # noqa: N801 - the model's name
         rule = self.processor
         factor = rule["patch_size"] * rule["merge_size"]
         return smart_resize(height, width, factor, rule["min_pixels"], rule["max_pixels"])[::-1]
+
+    def regions(self, width: int, height: int) -> list[Box | None]:
+        factor = self.processor["patch_size"] * self.processor["merge_size"]
+        return cells((width, height), *(side // factor for side in self.seen_size(width, height)))
 
     def picture_positions(self, width: int, height: int) -> int:
         width, height = self.seen_size(width, height)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as modeling
 
 from data.batches import Packed
+from data.boxes import Convention
 from model.families.qwen2_5_vl import Qwen2_5_VL, WindowAttention
 
 
@@ -39,6 +40,7 @@ class Qwen3VL(Qwen2_5_VL):
         "vision": "model.visual",
     }
     opens_in_transformers = "4.57"
+    box_convention = Convention("thousandths")
 
     @classmethod
     def tiny_files(cls) -> dict[str, dict]:

@@ -1,0 +1,301 @@
+"""REINFORCE leave-one-out: sample several answers to a prompt, and raise the odds of those that beat the others.
+
+A step's prompts are answered num_samples times each by the model as it is, a reward judges every answer (eval/rewards.py),
+and an answer's advantage is its reward less what its siblings got on average: a baseline that needs no second network
+(arXiv 2402.14740). A whole answer is one action. Leaving the reference, the model as it was at the start, costs reward.
+Beside SFT's forward and backward a step costs the sampling and two forwards of every answer, the policy's (whose numbers
+the ratio needs in the very arithmetic of training; a sampler's differ in their last digits) and the reference's.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from data.errors import UserError
+from stages import sft
+from training.options import option
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.batches import Packed
+    from data.labels import Example
+    from data.records import Record
+    from eval.generate import Answer
+    from eval.metrics import Reply
+    from eval.tasks import Task
+    from model.family import Model
+
+NOT_SHOWN = ("advantage", "old_logprob")  # values of an answer that are no figures of the step
+SMALLEST_SPREAD = 1e-4  # what --advantage group_std adds to the standard deviation, as TRL does
+
+
+@dataclass
+class Flags:
+    reward: str | None = option(None, "what judges an answer: a rule (countdown, text, box_iou, ..), a reward model's folder, "
+                                "MODEL@URL of a server, or module:function of yours", shown="NAME")
+    num_samples: int = option(8, "answers to each prompt, of max_new_tokens at most: CS224R's 8; TRL takes 2", low=2)
+    temperature: float = option(1.0, "of sampling and of every log-probability: TRL's and CS224R's 1", low=0.01)
+    advantage: str = option("loo", "of an answer: reward less the mean of the prompt's other answers (loo), less the mean of "
+                            "all (group), or that divided by their standard deviation (group_std, GRPO's)",
+                            words="loo group group_std")
+    kl_beta: float = option(0.05, "reward that a nat of log p/reference costs: TRL's default; CS224R and TinyZero, whose "
+                            "rewards cannot be gamed, take 0.001; 0: no reference")
+    kl_placement: str = option("reward", "the KL is part of the reward before the baseline (arXiv 2402.14740, TRL), or comes "
+                               "off the advantage after it (OpenRLHF, there from each token on)", words="reward advantage")
+    num_iterations: int = option(1, "updates on the answers of a step, each on all of them: TRL's default", low=1)
+    clip_range: float = option(0.2, "from the second of these updates on, how far an answer's probability may move for gain, "
+                               "as a share: PPO's and TRL's")
+    mask_truncated_completions: bool = option(False, "no loss for answers that max_new_tokens cut off; their rewards stay in "
+                                              "the baseline")
+    missing_eos_penalty: float = option(0.0, "reward that an answer cut off by max_new_tokens loses")
+
+    # CS224R's constant rate. Without dropout the first ratio of policy and sampler is 1; evaluation is by answers.
+    defaults = {"lora_dropout": 0.0, "lr_schedule": "constant", "predict_with_generate": True}
+
+    def __post_init__(self):
+        if self.reward is None:
+            raise UserError("--reward is missing; name what judges the answers, such as countdown or text")
+
+
+@dataclass
+class Question:
+    """A row before it is answered: the prompt, and the record with what an answer is judged by."""
+
+    prompt: "Example"
+    record: "Record"
+    num_supervised = 0
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+
+class Stage(sft.Stage):
+    """See stages/__init__.py for what each method is asked for."""
+
+    takes = ("problem",)
+    rate = 0.2  # of SFT's: 9e-6 for all weights of Qwen2.5-0.5B (CS224R: 1e-5); TRL's 1e-6 is for larger models
+
+    def __init__(self, flags: Flags, model: "Model", max_length: int | None = None):
+        from eval.rewards import find_reward
+        from lora.adapter import reference_of
+
+        super().__init__(flags, model, max_length)
+        self.flags, self.num_answers = flags, flags.num_samples
+        self.judge = find_reward(flags.reward)
+        self.reference = reference_of(model) if flags.kl_beta else None
+        if flags.kl_beta and self.reference is None:  # the weights themselves are trained: a second set of them is held
+            self.reference = reference_of(model, copy=True)
+            self.held_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+    @property
+    def task(self) -> "Task":
+        """Held-out problems are judged by the reward."""
+        from eval.tasks import Task
+
+        return Task([lambda reply: self.rewards([reply])[0]])
+
+    def encode(self, record: "Record") -> Question:
+        prompt = self.family.encode_prompt(record.messages, record.tools)
+        prompt.id, prompt.where = record.id, record.where
+        return Question(prompt, record)
+
+    def prepare(self, run: Any) -> None:
+        """A resumed run must sample answers as long as before."""
+        run.identity["max_new_tokens"] = run.config.max_new_tokens
+
+    def sequences(self, row: "Question | Example") -> list["Example"]:
+        return [getattr(row, "prompt", row)]
+
+    def denominator(self, answers: Iterable["Example"]) -> float:
+        """Sampled answers of a step, those without a loss included."""
+        return float(sum(1 for _ in answers))
+
+    # ---- answers and their advantages ---------------------------------------------------------------------------------
+
+    def collect(self, run: Any, questions: list[Question]) -> list[list["Example"]]:
+        """The step's answers as Examples that carry advantage, old_logprob and figures; once for each update on them."""
+        if not questions:  # every row of the step was skipped
+            return [[]]
+        started = time.perf_counter()
+        replies, examples = self.sample(run, questions)
+        scores = self.rewards(replies)
+        sampled = time.perf_counter()
+        logprobs, entropies, references = halving(run.state, "micro_tokens", lambda: self.score(run, examples))
+        kl = [ours - theirs for ours, theirs in zip(logprobs, references, strict=True)]
+        rewards = [values["score"] - self.flags.missing_eos_penalty * (not reply.stopped)
+                   for values, reply in zip(scores, replies, strict=True)]  # fmt: skip
+        found = shaped_advantages(rewards, kl, self.flags)
+        shared = set.intersection(*map(set, scores)) - {"score"}
+        spreads = spread_by_prompt(rewards, self.flags.num_samples)
+        scored = time.perf_counter()
+        for number, (example, reply) in enumerate(zip(examples, replies, strict=True)):
+            masked = self.flags.mask_truncated_completions and not reply.stopped
+            example.values = {
+                "advantage": 0.0 if masked else found[number], "old_logprob": logprobs[number], "reward": rewards[number],
+                "reward_spread": spreads[number], "no_signal": float(spreads[number] == 0),
+                "entropy": entropies[number] / example.num_supervised, "answer_tokens": float(example.num_supervised),
+                "stop_rate": float(reply.stopped), "sampling_seconds": sampled - started, "scoring_seconds": scored - sampled,
+            }  # fmt: skip
+            example.values |= {"kl": kl[number]} if self.reference else {}
+            example.values |= {f"reward_{name}": float(scores[number][name]) for name in sorted(shared)}
+        if run.journal is not None:
+            self.write_samples(run, replies, examples)
+        return [examples] * self.flags.num_iterations
+
+    def sample(self, run: Any, questions: list[Question]) -> tuple[list["Reply"], list["Example"]]:
+        """num_samples answers to each question, side by side: what a reward is given, and what is trained on. A function
+        of weights, seed and step, so that a resumed run samples what the run would have."""
+        from data.batches import hash_seed
+        from eval.evaluate import reply_to
+
+        seed, prompts = hash_seed(run.config.seed, run.state.step), [question.prompt for question in questions]
+        answers = halving(run.state, "cache_tokens", lambda: self.answer(run, prompts, seed))
+        asked = [question for question in questions for _ in range(self.num_answers)]
+        pairs = list(zip(asked, answers, strict=True))
+        return [reply_to(self.family, q.record, q.prompt, q.prompt, a) for q, a in pairs], [self.join(q, a) for q, a in pairs]
+
+    def answer(self, run: Any, prompts: list["Example"], seed: int) -> list["Answer"]:
+        from eval.generate import generate
+
+        with run.precision.autocast():
+            return generate(
+                run.model, prompts, run.config.max_new_tokens, temperature=self.flags.temperature,
+                num_samples=self.num_answers, seed=seed, batch_tokens=run.state.cache_tokens,
+            )
+
+    def join(self, question: Question, answer: "Answer") -> "Example":
+        """Prompt and answer as an Example whose supervised tokens are the answer's, the stop token included."""
+        from data.labels import NO_LOSS
+
+        prompt = question.prompt
+        ids, labels = prompt.input_ids.tolist() + answer.ids, [NO_LOSS] * len(prompt) + answer.ids
+        example = self.family.example(ids, labels, prompt.pixels)
+        example.id, example.where = prompt.id, prompt.where
+        return example
+
+    def rewards(self, replies: list["Reply"]) -> list[dict[str, float]]:
+        """The reward's numbers of each answer. Raises UserError where it fails, or gives a score that is no number."""
+        try:
+            found = self.judge(replies)
+        except UserError:
+            raise
+        except Exception as error:  # a reward may be anyone's
+            raise UserError(f"--reward {self.flags.reward} fails ({type(error).__name__}: {error})") from error
+        for reply, values in zip(replies, found, strict=True):
+            if not math.isfinite(values["score"]):
+                raise UserError(f"{reply.where}: --reward {self.flags.reward} gives a score of {values['score']}")
+        return found
+
+    def score(self, run: Any, examples: list["Example"]) -> tuple[list[float], list[float], list[float]]:
+        """log p, entropy (a sum over the tokens) and the reference's log p of each answer, in training's packed rows."""
+        import torch
+
+        from data.batches import group, pack_row
+        from eval.generate import inference
+        from model.head import sequence_logprobs
+
+        places = {id(example): place for place, example in enumerate(examples)}
+        found = torch.zeros(len(examples), 3, dtype=torch.float64)  # (N, 3)
+        for row in group(examples, run.state.micro_tokens):
+            packed, rows = pack_row(row).to(run.device), [places[id(example)] for example in row]
+            with inference(run.model), run.precision.autocast():
+                found[rows, :2] = self.logprobs_and_entropies(run.model, packed).cpu().double()
+                found[rows, 2] = found[rows, 0]
+                if self.reference:
+                    with self.reference():
+                        found[rows, 2] = sequence_logprobs(run.model, packed, self.flags.temperature).cpu().double()
+        return tuple(found.T.tolist())
+
+    def logprobs_and_entropies(self, model: "Model", packed: "Packed") -> "torch.Tensor":
+        """log p of each example's answer and the sum of its tokens' entropies, at the sampling temperature: (S, 2)."""
+        import torch
+
+        from model.head import per_token, sum_by_example
+
+        def both(logits: "torch.Tensor", target: "torch.Tensor") -> "torch.Tensor":  # (c, V), (c,) -> (c, 2)
+            every = (logits / self.flags.temperature).log_softmax(-1)
+            return torch.stack([every.gather(1, target[:, None])[:, 0], -(every.exp() * every).sum(-1)], -1)
+
+        where, target = packed.supervised()
+        return sum_by_example(per_token(model.hidden(packed), model.head_weight, both, where, target), packed, where)
+
+    def write_samples(self, run: Any, replies: list["Reply"], examples: list["Example"]) -> None:
+        """The answers to the step's first prompt, into outputs/rollouts.jsonl."""
+        path = run.folder / "outputs" / "rollouts.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            for reply, example in list(zip(replies, examples, strict=True))[: self.num_answers]:
+                line = {"when": "rollout", "step": run.state.step + 1, "id": reply.id, "prompt": reply.prompt,
+                        "response": reply.response, "label": reply.label, "stopped": reply.stopped}  # fmt: skip
+                line |= {name: example.values[name] for name in ("reward", "advantage", "answer_tokens")}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    # ---- the loss -----------------------------------------------------------------------------------------------------
+
+    def loss(self, model: "Model", packed: "Packed", total: float) -> tuple["torch.Tensor", dict[str, "torch.Tensor"]]:
+        """-sum_i min(r_i A_i, clip(r_i, 1 - c, 1 + c) A_i) / total with r_i = p(answer i) / p when it was sampled.
+
+        In the first update r is 1: the value is minus the mean advantage, 0 but for rounding, and the gradient is that of
+        -A_i log p(answer i). clipped: the share of answers whose ratio is beyond the range.
+        """
+        from model.head import sequence_logprobs
+
+        values, reach = packed.values, self.flags.clip_range
+        ratio = (sequence_logprobs(model, packed, self.flags.temperature) - values["old_logprob"]).exp()  # (S,)
+        gain = (ratio * values["advantage"]).minimum(ratio.clamp(1 - reach, 1 + reach) * values["advantage"])
+        figures = {name: value.sum() / total for name, value in values.items() if name not in NOT_SHOWN}
+        return -gain.sum() / total, figures | {"clipped": ((ratio.detach() - 1).abs() > reach).sum() / total}
+
+
+def halving(state: Any, name: str, work: Callable[[], Any]) -> Any:
+    """work(), again with half as many positions at once (state.name) as often as the memory does not do."""
+    from training.guards import is_out_of_memory
+
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if getattr(state, name) < 2:
+            raise UserError("out of memory with the answers to one prompt; lower --num_samples or --max_new_tokens")
+        setattr(state, name, getattr(state, name) // 2)
+        print(f"out of memory: answers are sampled and scored again with {name} {getattr(state, name)}")
+
+
+def advantages(rewards: "torch.Tensor", kind: str) -> "torch.Tensor":
+    """(P, k) rewards of k answers to each of P prompts -> (P, k), which add up to 0 for every prompt.
+
+    loo: r - mean of the k - 1 others = (r - mean) k / (k - 1). group: r - mean. group_std: (r - mean) / standard deviation
+    (of a sample, k - 1), as TRL computes GRPO's.
+    """
+    away = rewards - rewards.mean(1, keepdim=True)
+    if kind == "loo":
+        return away * rewards.shape[1] / (rewards.shape[1] - 1)
+    return away if kind == "group" else away / (rewards.std(1, keepdim=True) + SMALLEST_SPREAD)
+
+
+def shaped_advantages(rewards: list[float], kl: list[float], flags: Flags) -> list[float]:
+    """The advantage of each answer from its reward and its log p - log reference, an estimate of KL(p || reference) that
+    may be negative (k1); a prompt's answers stand side by side."""
+    import torch
+
+    reward, cost = (torch.tensor(x, dtype=torch.float64).reshape(-1, flags.num_samples) for x in (rewards, kl))
+    cost = flags.kl_beta * cost
+    if flags.kl_placement == "reward":
+        return advantages(reward - cost, flags.advantage).flatten().tolist()
+    return (advantages(reward, flags.advantage) - cost).flatten().tolist()
+
+
+def spread_by_prompt(rewards: list[float], num_samples: int) -> list[float]:
+    """For each answer the largest less the smallest reward of its prompt's answers; 0: the prompt teaches nothing."""
+    groups = [rewards[start : start + num_samples] for start in range(0, len(rewards), num_samples)]
+    return [max(group) - min(group) for group in groups for _ in group]
