@@ -33,6 +33,7 @@ from data.workers import limit_memory, read_ahead
 AT_ONCE = 64  # rows that a worker looks at before it answers
 COUNTED = ("text", "pictures", "supervised")
 TOO_LONG, UNREADABLE, OUTSIDE = "too long", "a picture is missing or unreadable", "a box lies outside its picture"
+UNREAD, TOO_MUCH = "cannot be read again", "it takes more memory than a worker may have"
 NUM_LONGEST = 5  # rows told by name
 Size = tuple[int, int]  # (width, height)
 
@@ -63,8 +64,8 @@ class Inspector:
         found = Finding()
         try:
             record = self.records[index]
-        except UserError as error:
-            found.problems.append(("changed while it was read", str(error)))
+        except (UserError, MemoryError) as error:
+            found.problems.append((UNREAD, str(error) or f"{UNREAD}: {TOO_MUCH}"))
             return found
         found.id = record.id
         for kind, look in (("the model cannot take it", self.count), (UNREADABLE, self.decode), (OUTSIDE, self.check_boxes)):
@@ -75,7 +76,7 @@ class Inspector:
             except UserError as error:
                 found.problems.append((kind, f"{kind}: {error}"))
             except MemoryError:
-                found.problems.append((kind, f"{kind}: it takes more memory than a worker may have"))
+                found.problems.append((kind, f"{kind}: {TOO_MUCH}"))
         return found
 
     def count(self, record: Record, found: Finding) -> None:
@@ -111,6 +112,8 @@ class Inspector:
 
     def check_boxes(self, record: Record, found: Finding) -> None:
         """Problem for the first box that lies in none of the row's pictures, whatever its numbers count."""
+        if found.counts is None:  # the model cannot take its pictures
+            return
         sizes = [self.family.seen_size(*size) for size in record.image_sizes] + record.image_sizes
         for turn in sum(record.conversations, []) if sizes else []:
             for part in parts_of(turn["content"]):

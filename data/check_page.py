@@ -41,7 +41,8 @@ def facts(survey: Survey) -> Iterator[tuple[str, str]]:
         smallest, largest = (f"{w} x {h}" for w, h in (min(sizes, key=math.prod), max(sizes, key=math.prod)))
         num_rows = sum(map(bool, records.image_sizes))
         unreadable = f"{survey.kinds[UNREADABLE]:,} rows with an unreadable one"
-        yield "pictures", f"in {num_rows:,} rows, from {smallest} to {largest}; {unreadable}"
+        span = f"from {smallest} to {largest}" if smallest != largest else f"of {smallest}"
+        yield "pictures", f"in {num_rows:,} rows, {span}; {unreadable}"
     text, pictures, supervised = (sum(survey.counts[name]) for name in COUNTED)
     if text:
         of_all = f", {supervised / (text + pictures):.1%} of all positions" if pictures else ""

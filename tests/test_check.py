@@ -5,6 +5,7 @@ import json
 import os
 import random
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -49,13 +50,14 @@ def check(world, monkeypatch, capsys):
         damage_of_file.cache_clear()
         given = {"--base_model": world / base, "--data_path": path, "--output_dir": output, "--num_workers": 0}
         given |= dict(zip(flags[::2], flags[1::2], strict=True))
+        opened = Path(given["--data_path"]).name
         monkeypatch.setattr(sys, "argv", ["python -m data", "check", *(str(part) for pair in given.items() for part in pair)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
             command(doors.main)
         bad = output / "bad_rows.jsonl"
         found = [json.loads(line) for line in bad.read_text().splitlines()] if bad.exists() else []
-        assert all(line.keys() == PROBLEM_KEYS and line["where"].startswith(f"{name}:") for line in found)
+        assert all(line.keys() == PROBLEM_KEYS and line["where"].startswith(f"{opened}:") for line in found)
         assert exit.value.code == (1 if found else 0)
         by_row = {int(line["where"].rpartition(":")[2]): line["problem"] for line in found}
         assert list(by_row) == sorted(by_row) and len(by_row) == len(found)
@@ -133,6 +135,19 @@ def test_what_may_be_is_no_problem(check):
             picture(answer="click(390, 299)"), chat("[1, 2, -3, 40000]")]  # the last has no picture
     assert check(rows)[1] == {}
     assert check([TOOL_ROW], "--tool_template", "qwen")[1] == {}
+
+
+def test_pictures_inside_a_table(check, world):
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    raw = (world / "a.png").read_bytes()
+    pictures = [raw, raw[:5000], b"", raw, None]
+    rows = [{"prompt": "what?", "completion": "red", "image": {"bytes": some, "path": None}} for some in pictures]
+    write_table(pyarrow.Table.from_pylist(rows), world / "table.parquet")
+    page, bad, summary = check([], "--data_path", world / "table.parquet")
+    assert list(bad) == [2, 3] and "cut short" in bad[2] and "not named by a path: b''" in bad[3]
+    assert summary["repeated"] == [["table.parquet:4", "table.parquet:1"]] and "in 3 rows, of 400 x 300" in page
 
 
 def test_boxes_that_are_rewritten(check):
