@@ -20,6 +20,8 @@ from data.turns import Problem, parts_of, short
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 with x1 <= x2 and y1 <= y2
 FORMATS = "keep thousandths fractions pixels"  # of --box_format: what the rows' boxes count
 
+MOST_DIGITS = 18
+
 NUMBER = r"-?\d+(?:\.\d+)?"
 PAIR = rf"\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)"
 SPELLINGS = re.compile(
@@ -27,7 +29,7 @@ SPELLINGS = re.compile(
     r"|<\|box_start\|>[^<]*<\|box_end\|>"
     rf"|(?P<named>\bbox=)?(?P<twice>\[)?\[\s*{NUMBER}(?:[\s,]+{NUMBER}){{3}}\s*\](?(twice)\])"
     rf"|{PAIR}\s*,\s*{PAIR}"
-    rf'|"point_2d"\s*:\s*\[\s*{NUMBER}\s*,\s*{NUMBER}\s*\]'
+    rf'|(?<="point_2d")\s*:\s*\[\s*{NUMBER}\s*,\s*{NUMBER}\s*\]'
     rf"|\A\s*{PAIR}\s*\Z"
 )
 
@@ -57,9 +59,17 @@ def strip_boxes(text: str) -> str:
 
 def read_numbers(match: re.Match) -> list[float]:
     """x1, y1, x2, y2 of one match of SPELLINGS, in the order in which they are written; [] where it is no box."""
-    numbers = [float(n) if "." in n else int(n) for n in re.findall(NUMBER, match[0].replace("point_2d", ""))]
+    found = re.findall(NUMBER, match[0])
+    if max(map(len, found), default=0) > MOST_DIGITS:  # a model that repeats itself
+        return []
+    numbers = [float(n) if "." in n else int(n) for n in found]
     numbers = numbers * 2 if len(numbers) == 2 else numbers
     return numbers if len(numbers) == 4 else []
+
+
+def is_marked(match: re.Match) -> bool:
+    """Whether the text itself says that this is a box or a point, by a tag or `box=`."""
+    return match[0].startswith("<") or match["named"] is not None
 
 
 @dataclass(frozen=True)
@@ -132,8 +142,7 @@ class BoxRule:
         """One text about one picture; `found` counts the boxes, and those "cut" at its edge."""
 
         def replace(match: re.Match) -> str:
-            marked = match[0].startswith("<") or match["named"] is not None
-            numbers = read_numbers(match)
+            marked, numbers = is_marked(match), read_numbers(match)
             if not numbers:
                 return match[0]
             x1, y1, x2, y2 = numbers
@@ -156,23 +165,29 @@ class BoxRule:
 
     def write(self, match: re.Match, numbers: list[int]) -> str:
         """The box in the model's words, or in the row's: lists and pairs stay as they are, for they may stand in JSON."""
-        is_point = match["tag"] == "point"
-        words = self.own.point if is_point else self.own.box
-        if words and (match[0].startswith("<") or match["named"] is not None):
+        words = self.own.point if match["tag"] == "point" else self.own.box
+        if words and is_marked(match):
             return words.format(*numbers)
-        written, prefix = iter(numbers), '"point_2d"' if match[0].startswith('"point_2d"') else ""
-        return prefix + re.sub(NUMBER, lambda _: str(next(written)), match[0].removeprefix(prefix))
+        written = iter(numbers)
+        return re.sub(NUMBER, lambda _: str(next(written)), match[0])
 
     def rewrite_truth(self, truth: dict | None, sizes: list[tuple[int, int]]) -> dict | None:
-        """What an answer is checked against, its "box" and "elements" in the model's numbers, about the last picture."""
+        """What an answer is checked against, its "box", "elements" and "answer" as the model would write them, about the last
+        picture. Problem for a box that is not four numbers."""
         if truth is None or not (self.rewrites and sizes):
             return truth
 
         def convert(box: list) -> list[int]:
+            if not isinstance(box, list) or len(box) != 4 or not all(isinstance(number, int | float) for number in box):
+                raise Problem("a box to check answers against is not four numbers", short(box))
             return [self.convert(number, place % 2, sizes[-1]) for place, number in enumerate(box)]
 
         changed = {"box": convert(truth["box"])} if "box" in truth else {}
-        return truth | changed | ({"elements": [convert(box) for box in truth["elements"]]} if "elements" in truth else {})
+        if isinstance(truth.get("elements"), list):
+            changed["elements"] = list(map(convert, truth["elements"]))
+        if isinstance(truth.get("answer"), str):
+            changed["answer"] = self.rewrite_text(truth["answer"], sizes[-1], Counter())
+        return truth | changed
 
 
 def stored_size(width: int, height: int) -> tuple[int, int]:

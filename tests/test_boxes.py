@@ -148,6 +148,11 @@ def test_a_box_belongs_to_the_last_picture_before_it():
     assert turns[1]["content"][0]["text"] == "<point>500 500</point>"  # what was given is left alone
 
 
+def test_a_number_without_end_is_no_box():
+    text = f"<box>{'7' * 5000} 2 3 4</box>"
+    assert parse_boxes(text) == [] and rewrite(rule("thousandths", OWN["qwen2_5_vl"]), text) == text
+
+
 def test_text_without_its_boxes():
     assert strip_boxes("select, box=[[1,2,3,4]], Berlin").split() == ["select,", ",", "Berlin"]
 
@@ -200,9 +205,12 @@ def test_both_answers_of_a_preference_and_what_a_reward_checks_are_rewritten(tmp
     assert record.messages[0]["content"][1]["text"] == "<point>100 50</point>"
     assert [side[-1]["content"] for side in record.conversations] == ["<point>200 0</point>", "<point>0 0</point>"]
     assert record.rejected[0] is record.messages[0]
-    truth = {"box": [0, 500, 500, 1000], "elements": [[0, 0, 100, 100]], "answer": "yes"}
-    right = {"box": [0, 50, 100, 100], "elements": [[0, 0, 20, 10]], "answer": "yes"}
+    truth = {"box": [0, 500, 500, 1000], "elements": [[0, 0, 100, 100]], "answer": "<point>500 500</point>"}
+    right = {"box": [0, 50, 100, 100], "elements": [[0, 0, 20, 10]], "answer": "<point>100 50</point>"}
     assert boxes.rewrite_truth(truth, [(200, 100)]) == right
+    for wrong in ([1, 2, 3], ["1", "2", "3", "4"], "<box>", None):
+        with pytest.raises(Problem, match="not four numbers"):
+            boxes.rewrite_truth({"box": wrong}, [(200, 100)])
     assert boxes.rewrite_truth(None, [(200, 100)]) is None and boxes.rewrite_truth(truth, []) is truth
 
 

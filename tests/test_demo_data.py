@@ -118,7 +118,7 @@ def test_no_rows_are_refused_in_a_sentence(tmp_path):
     import importlib
 
     with pytest.raises(UserError, match="--rows 0: at least one row"):
-        importlib.import_module("data.__main__").write_rows(tmp_path / "rows", 0, 1)
+        importlib.import_module("data.__main__").make_demo_rows(SimpleNamespace(rows=0, seed=1, output_dir=str(tmp_path)))
     assert not (tmp_path / "rows").exists()
 
 
