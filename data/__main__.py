@@ -1,5 +1,6 @@
-"""`python -m data`: rows shown, fetched, converted, made.
+"""`python -m data`: rows checked, shown, fetched, converted, made.
 
+    python -m data check --base_model DIR --data_path ROWS --output_dir DIR    every row and picture, before a run
     python -m data show --base_model DIR --data_path ROWS --output_dir DIR     some rows as the model gets them
     python -m data download NAME                                       a data set of the recipes, into data/raw/NAME
     python -m data convert guicourse --input_dir DIR --output_dir DIR  GUICourse's published files as rows
@@ -50,10 +51,11 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def main() -> None:
-    parser = Parser(prog="python -m data", description="Rows shown, fetched, converted, made.")
+def main() -> int | None:
+    parser = Parser(prog="python -m data", description="Rows checked, shown, fetched, converted, made.")
     doors = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text, add_flags, run in (
+        ("check", "look at every row and picture as training will", add_check_flags, check_rows),
         ("show", "print some rows as the model gets them, and write show.html", add_show_flags, show_rows),
         ("download", "fetch a data set of the recipes", download.add_flags, download.run),
         ("convert", "make rows of the files that GUICourse's authors publish", convert.add_flags, convert.run),
@@ -66,7 +68,7 @@ def main() -> None:
         if run:
             door.set_defaults(run=run)
     flags = parser.parse_args()
-    flags.run(flags)
+    return flags.run(flags)
 
 
 def add_made(parser: argparse.ArgumentParser) -> None:
@@ -81,23 +83,47 @@ def add_made(parser: argparse.ArgumentParser) -> None:
         door.set_defaults(run=run)
 
 
-# ---- showing ----------------------------------------------------------------------------------------------------------
+# ---- checking and showing ---------------------------------------------------------------------------------------------
 
-SHOW_FLAGS = (  # as in train.py
-    "base_model", "data_path", "output_dir", "stage", "max_pixels", "box_format", "labels", "tool_template", "on_bad_row",
-    "image_root", "allow_outside_images", "prompt_template", "response_template", "image_column",
+ROW_FLAGS = (  # as in train.py
+    "base_model", "data_path", "output_dir", "stage", "max_pixels", "box_format", "labels", "tool_template", "image_root",
+    "allow_outside_images", "prompt_template", "response_template", "image_column",
 )  # fmt: skip
-SHOWN_OTHERWISE = {
-    "output_dir": "show.html goes here",
+OTHERWISE = {
     "stage": "take the rows of this stage alone; default: rows of every kind",
+    "max_length": "positions of one example at most, pictures included (default auto: any number)",
+    "num_workers": "processes that look at rows and decode pictures (default 2)",
 }
 
 
-def add_show_flags(parser: Parser) -> None:
+def add_row_flags(parser: Parser, output: str, *more: str) -> None:
+    """Settings of train.py that decide what rows become, and `more` of them; output: what goes to --output_dir."""
     parser.set_defaults(said=[])
-    for name in SHOW_FLAGS:
+    for name in (*ROW_FLAGS, *more):
         flag = add_flag(parser, name, fields_of(Config)[name])
-        flag.help = SHOWN_OTHERWISE.get(name, flag.help)
+        flag.help = output if name == "output_dir" else OTHERWISE.get(name, flag.help)
+
+
+def add_check_flags(parser: Parser) -> None:
+    add_row_flags(parser, "bad_rows.jsonl and summary.json go here", "max_length", "max_text_length", "num_workers")
+
+
+def check_rows(flags: argparse.Namespace) -> int:
+    """Look at all rows and say what they are; returns 1 if there is a problem with one, else 0."""
+    config, takes = read_settings(flags, "python -m data check")
+    from data.check import check
+    from data.check_page import page
+
+    config.on_bad_row = "skip"
+    family, records = open_family_and_rows(config, takes, keep_index=False)
+    limit, folder = None if config.max_length == "auto" else config.max_length, Path(config.output_dir)
+    survey = check(records, family, folder, limit, config.max_text_length, config.num_workers)
+    print(page(survey, shutil.get_terminal_size((160, 40)).columns, folder / "bad_rows.jsonl"))
+    return 1 if survey.bad else 0
+
+
+def add_show_flags(parser: Parser) -> None:
+    add_row_flags(parser, "show.html goes here", "on_bad_row")
     parser.add_argument("--rows", default="3", metavar="N|NAMES", help="how many, from the longest to the shortest, or which: "
                         "their ids, or places such as rows.jsonl:17, commas between (default 3)")  # fmt: skip
 
@@ -105,21 +131,12 @@ def add_show_flags(parser: Parser) -> None:
 def show_rows(flags: argparse.Namespace) -> None:
     """Print rows with their tokens marked, and write the page. Raises UserError for what cannot be opened or encoded."""
     config, takes = read_settings(flags, "python -m data show")
-    from data.boxes import boxes_of
     from data.explain import explain_rows
-    from data.records import open_records
     from data.rows import measure_rows
-    from data.template import make_template
-    from model import resolve
-    from model.family import Options, find_family
     from training.page import write_page
     from training.show import CSS, choose_rows, encode_row, page_sections
 
-    options = Options(config.max_pixels, config.tool_template, config.labels, box_format=config.box_format)
-    family = find_family(resolve(config.base_model), options)
-    template = make_template(config.prompt_template, config.response_template, config.image_column)
-    places = config.image_root, config.allow_outside_images
-    records = open_records(config.data_path, *places, config.on_bad_row, takes, template, boxes_of(family))
+    family, records = open_family_and_rows(config, takes)
     chosen = [records[index] for index in choose_rows(records, measure_rows(records, config, family), flags.rows)]
     rows = [(record, encode_row(family, record)) for record in chosen]
     print(explain_rows([example for _, examples in rows for example in examples], family.tokenizer, 4000 * len(rows)))
@@ -135,13 +152,28 @@ def read_settings(flags: argparse.Namespace, program: str) -> tuple[Config, Coll
 
     stages = list_stages()
     said = settle(flags.said, "sft", {name: module.Flags for name, module in stages.items()})
-    for name in ("base_model", "data_path", "output_dir"):
-        if name not in said:
-            raise UserError(f"--{name} is missing; {program} --base_model DIR --data_path ROWS --output_dir DIR")
     config = Config(**{name: value.value for name, value in said.items()})
+    for name in ("base_model", "data_path", "output_dir"):
+        if getattr(config, name) is None:
+            raise UserError(f"--{name} is missing; {program} --base_model DIR --data_path ROWS --output_dir DIR")
     if config.stage not in stages:
         raise UserError(f"--stage {config.stage}: no such stage; the stages are {', '.join(stages)}")
     return config, stages[config.stage].Stage.takes if "stage" in said else KINDS
+
+
+def open_family_and_rows(config: Config, takes: Collection[str], keep_index: bool = True):
+    """The base model's family, without its weights, and the rows as it takes them."""
+    from data.boxes import boxes_of
+    from data.records import open_records
+    from data.template import make_template
+    from model import resolve
+    from model.family import Options, find_family
+
+    options = Options(config.max_pixels, config.tool_template, config.labels, box_format=config.box_format)
+    family = find_family(resolve(config.base_model), options)
+    template = make_template(config.prompt_template, config.response_template, config.image_column)
+    places = config.image_root, config.allow_outside_images
+    return family, open_records(config.data_path, *places, config.on_bad_row, takes, template, boxes_of(family), keep_index)
 
 
 # ---- the built-in task ------------------------------------------------------------------------------------------------

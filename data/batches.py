@@ -6,8 +6,6 @@ it may follow the memory. Nothing is random but the order: a run continues exact
 number of worker processes.
 """
 
-import resource
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +15,7 @@ import torch
 
 from data.errors import UserError
 from data.labels import NO_LOSS, Example
+from data.workers import read_ahead
 
 
 @dataclass
@@ -136,36 +135,7 @@ class Batches:
 
     def steps(self, start: int, stop: int) -> Iterator[list[Any]]:
         """The examples of steps start .. stop - 1, read ahead by the workers. UserError where one of them dies."""
-        from torch.utils.data import DataLoader
-
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # each tensor on its way from a worker is an open file
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=self.rows(start, stop),
-            collate_fn=list,
-            num_workers=self.num_workers,
-            multiprocessing_context="fork" if self.num_workers else None,  # the default changes with Python 3.14
-            prefetch_factor=1 if self.num_workers else None,  # a step is many rows: one ahead a worker is enough
-            worker_init_fn=leave_signals_to_the_run,
-            generator=torch.Generator(),  # the loader draws a seed for its workers: not from the run's random state
-        )
-        examples = iter(loader)
-        # torch's handler raises at once, in the middle of an update too; the wait for a batch finds a dead worker as well
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        try:
-            yield from examples
-        except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: its tensors went with it
-            if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
-                raise
-            raise UserError("a data worker was ended from outside, perhaps for want of memory; lower --num_workers") from None
-
-
-def leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C, which a terminal sends to all, is the run's affair. SIGTERM ends a worker: Python ends them with it at exit,
-    and then waits for them. A run that was asked to stop too has its step's examples already, and stops after it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return read_ahead(self.dataset, self.rows(start, stop), self.num_workers)
 
 
 class Encoded:

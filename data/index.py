@@ -30,8 +30,8 @@ WORTH_SECONDS = 1.0
 ARRAYS = ("numbers", "starts", "sizes", "text_bytes")
 
 
-def fill(part: "Part") -> None:
-    """Check every row of the part's source, or take what was found when that was done before."""
+def fill(part: "Part", keep: bool = True) -> None:
+    """Check every row of the part's source, or take what was found when that was done before; keep: for the next time."""
     key = key_of(part)
     for path in places(part):
         if load(part, path, key):
@@ -41,7 +41,7 @@ def fill(part: "Part") -> None:
     pieces = part.source.pieces()
     for piece in tqdm(pieces, desc=f"check {part.source.name}", unit=" rows", leave=False, disable=None, delay=1):
         part.check(*piece)
-    if time.perf_counter() - began > WORTH_SECONDS:
+    if keep and time.perf_counter() - began > WORTH_SECONDS:
         part.sha256 = part.source.sha256()
         any(save(part, path, key) for path in places(part))
     part.pictures.clear()

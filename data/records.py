@@ -23,7 +23,7 @@ from data.errors import UserError
 from data.images import DATA_URL, OutsideRoot, find_image, image_size, split_part
 from data.sources import Source, open_sources
 from data.template import Template
-from data.turns import Problem, parts_of, read_objects, short
+from data.turns import Problem, parts_of, read_tools, short
 
 ID_KEYS = ("id", "uid", "prompt_id")
 KINDS = {
@@ -154,7 +154,7 @@ class Part:
         row_id = str(next(ids, where))
         try:
             found = read_row(row, notes, self.template, lambda image: self._find({"image": image}))
-            tools = read_objects(row.get("tools"), "tools") or None
+            tools = read_tools(row.get("tools")) or None
             record = Record(row_id, where, found.messages, tools, found.dialect, [], found.rejected, found.truth)
             record.image_sizes = [self._find(part) for part in record.pictures()]
             self._rewrite_boxes(record, notes)
@@ -233,6 +233,11 @@ class Records:
         part = bisect_right(self._ends, index)
         return self.parts[part].read(index - self.numbers[part].start)
 
+    def place(self, index: int) -> tuple[int, int]:
+        """(number of its part, its number there) of row `index`."""
+        part = bisect_right(self._ends, index)
+        return part, self.parts[part].numbers[index - self.numbers[part].start]
+
     def refuse(self, listed: str = "") -> None:
         """Raise the UserError of the bad rows; `listed` is a clause that says where all of them are written down."""
         hint = "correct them" + ", or pass --on_bad_row skip to go on without them" * bool(len(self))
@@ -261,16 +266,17 @@ def open_records(
     takes: Collection[str] = KINDS,
     template: Template | None = None,
     boxes: BoxRule = KEEP,
+    keep_index: bool = True,
 ) -> Records:
     """Every row of what `path` names (see data/sources.py), checked; pictures lie below image_root, or, without one,
     below the folder of their file.
 
     takes: the kinds of row that are good, as a stage names them. template: the run's words for the rows of a table. boxes:
-    how the boxes of its text are rewritten.
+    how the boxes of its text are rewritten. keep_index: whether a file may be left beside the rows for the next run.
     UserError for what cannot be read or holds no row, and for a bad row if on_bad_row is "stop". With "skip" the good
     rows come back, even if there are none.
     """
-    records = read_sources(open_sources(path), image_root, allow_outside_images, takes, template, boxes)
+    records = read_sources(open_sources(path), image_root, allow_outside_images, takes, template, boxes, keep_index)
     if records.bad and on_bad_row == "stop":
         records.refuse()
     return records
@@ -283,13 +289,14 @@ def read_sources(
     takes: Collection[str] = KINDS,
     template: Template | None = None,
     boxes: BoxRule = KEEP,
+    keep_index: bool = True,
 ) -> Records:
     """Check every row of the sources. UserError for a source that cannot be read or holds no row."""
     if image_root is not None and not os.path.isdir(image_root):
         raise UserError(f"--image_root {image_root} is not a folder")
     parts = [Part(source, image_root, allow_outside_images, takes, template, boxes) for source in sources]
     for part in parts:
-        index.fill(part)
+        index.fill(part, keep_index)
         if not part.numbers and not part.bad:
             raise UserError(f"{part.source.path} holds no rows")
     return Records(parts)

@@ -136,7 +136,7 @@ def plain(value: object) -> object:
     """A value of a table as json would give it: without null fields and empty cells, a picture as its bytes or path."""
     if isinstance(value, dict):
         if value.keys() == {"bytes", "path"}:
-            return value["bytes"] or value["path"]
+            return value["path"] if value["bytes"] is None else value["bytes"]
         fields = {key: plain(item) for key, item in value.items()}
         return {key: item for key, item in fields.items() if item is not None}
     if isinstance(value, list):

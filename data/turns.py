@@ -9,6 +9,7 @@ import re
 from collections import Counter
 
 MAX_ROW_BYTES = 64 * 2**20
+MAX_DEPTH = 100  # of a row: what walks one later has Python's limit of 1,000 frames, and not all of them to itself
 MARK = "<image>"
 MARKS = re.compile(r"(<image(?:_\d+)?>)")  # GUICourse numbers them where a row has several pictures
 PICTURE_KEYS = ("image", "images", "screenshot")
@@ -34,7 +35,7 @@ def short(value: object) -> str:
 # ---- JSON ----------------------------------------------------------------------------------------------------------
 
 def decode(raw: bytes | str) -> object:
-    """JSON that can be tokenized and written again: UTF-8, no lone surrogate, no NaN, no infinity."""
+    """JSON that can be tokenized and written again: UTF-8, no lone surrogate, no NaN, no infinity, not MAX_DEPTH deep."""
     if len(raw) > MAX_ROW_BYTES:
         raise Problem("row too large", f"more than {MAX_ROW_BYTES:,} bytes")
     try:
@@ -45,10 +46,22 @@ def decode(raw: bytes | str) -> object:
     except UnicodeError as error:
         raise Problem("not valid UTF-8", error.reason) from None
     except RecursionError:
-        raise Problem("nested too deeply") from None
+        raise Problem("nested too deeply", f"more than {MAX_DEPTH} levels") from None
     except ValueError as error:
         raise Problem("not valid JSON", str(error)) from None
+    _refuse_deep(value)
     return value
+
+
+def _refuse_deep(value: object) -> None:
+    """Problem for lists and objects inside each other more than MAX_DEPTH times."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        nodes = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)]
+        if not nodes:
+            return
+        level = [child for node in nodes for child in node]
+    raise Problem("nested too deeply", f"more than {MAX_DEPTH} levels")
 
 
 def _finite(number: str) -> float:
@@ -70,6 +83,16 @@ def read_objects(value: object, name: str) -> list[dict]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise Problem(f"{name} is not a list of objects", short(value))
     return value
+
+
+def read_tools(value: object) -> list[dict]:
+    """A row's tools, each {"type": "function", "function": {"name", ..}} or the inner object alone."""
+    tools = read_objects(value, "tools")
+    for tool in tools:
+        function = tool.get("function", tool)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise Problem("a tool has no name", short(tool))
+    return tools
 
 
 # ---- Turns: every shape of a message as one ------------------------------------------------------------------------

@@ -141,6 +141,10 @@ def call_row(calls, role="assistant"):
     return {"messages": [CHAT[0], *[CHAT[0]] * (role == "user"), {"role": role, "content": "c", "tool_calls": calls}]}
 
 
+def deep(levels):
+    return json.loads("[" * levels + "]" * levels)
+
+
 BAD = {  # what the sentence says: the row
     "unknown role": {"messages": [{"role": "bot", "content": "x"}, *CHAT]},
     "a turn is not an object": {"messages": ["hello"]},
@@ -156,6 +160,10 @@ BAD = {  # what the sentence says: the row
     "not valid JSON": call_row([{"name": "click", "arguments": "{'a': 1}"}]),
     "tool calls outside": call_row([CALL], role="user"),
     "tools is not a list": {"messages": CHAT, "tools": "{}"},
+    "a tool has no name": {"messages": CHAT, "tools": [{"type": "function", "function": {"name": 5}}]},
+    "a tool has no name: {'function'": {"messages": CHAT, "tools": [{"function": None}]},
+    "nested too deeply: more than 100": {"messages": CHAT, "tools": [{"name": "f", "parameters": deep(300)}]},
+    "nested too deeply": call_row([{"name": "click", "arguments": {"a": deep(300)}}]),
     "a picture outside a user": {"messages": user_and_answer("x", [{"type": "image", "image": "a.png"}])},
     "the user turns have 2": picture_row("a.png", "<image> <image>"),
     "or screenshot names 0": picture_row(None, "<image>"),
