@@ -11,8 +11,8 @@
 
 The base takes five lessons, each a whole run of train.py (all weights, AdamW) on screens of its own that starts from the
 weights of the lesson before: reading one word, finding one of two or three buttons in four cells, a whole screen, a screen
-with text fields in any row, and one with buttons to read in any row. A lesson's rows are drawn before it and removed after it; one that is finished is not
-run again.
+with text fields in any row, and one with buttons to read in any row. A lesson's rows are drawn before it and removed after
+it; one that is finished is not run again.
 """
 
 import argparse
