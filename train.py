@@ -149,6 +149,7 @@ class Run:
                 if self.state.step:
                     self.commit()
                 self.journal.close()
+                stop.restore()
                 raise
         saved = self.commit()
         finished = self.state.step == self.last
