@@ -27,6 +27,9 @@ def command(main: Callable[[], int | None]) -> None:
         sys.exit(main() or 0)
     except UserError as error:
         sentence = str(error)
+    except BrokenPipeError:  # whoever read the output has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor can what is left be written at exit
+        sys.exit(141)  # what shells say of a program that SIGPIPE ended
     except OSError as error:
         if error.errno not in REFUSED_BY_DISK:
             raise

@@ -789,3 +789,11 @@ def test_paths_with_spaces_and_letters_of_every_kind(monkeypatch, capsys, world,
     merging += ["--output_dir", place / "both, merged"]
     assert door(monkeypatch, capsys, adapters.main, *merging)[0] == 0
     assert "file:" not in (place / "the run" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_reader_that_leaves_ends_a_command_without_a_traceback():
+    script = "from data.errors import command; command(lambda: [print('row ' * 100) for _ in range(10_000)] and 0)"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        child.stdout.readline()
+        child.stdout.close()
+        assert child.stderr.read() == b"" and child.wait() == 141
