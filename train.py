@@ -50,7 +50,7 @@ def main() -> int:
 class Run:
     """One training run: everything it consists of, built in the order of __init__."""
 
-    def __init__(self, config: Config, stage_class: type, found: Path | None):
+    def __init__(self, config: Config, stage_class: type, found: Path | None = None):
         """found: the checkpoint to go on from."""
         from data.batches import Batches, Encoded
         from data.rows import open_rows

@@ -70,6 +70,10 @@ class Pair:
     def id(self) -> str:
         return self.chosen.id
 
+    @property
+    def where(self) -> str:
+        return self.chosen.where
+
 
 class Stage(sft.Stage):
     """See stages/__init__.py for what each method is asked for."""
