@@ -245,6 +245,7 @@ def run_train(folder: Path, rows: Path, output: Path, *flags: Any) -> list[dict]
     """train.py's own run with these flags; its journal. What it prints goes to output/log.txt."""
     import train
     from stages import list_stages
+    from training.checkpoint import find_resume
     from training.config import read_config
     from training.guards import open_folder
     from training.journal import read_journal
@@ -259,7 +260,7 @@ def run_train(folder: Path, rows: Path, output: Path, *flags: Any) -> list[dict]
             config = read_config([*map(str, argv), "--batch_size", "1"], stage_flags)
             lock = open_folder(output)
             try:
-                code = train.Run(config, modules[config.stage].Stage).train()
+                code = train.Run(config, modules[config.stage].Stage, find_resume(config.output_dir, config.resume)).train()
             finally:
                 lock.release()
     finally:

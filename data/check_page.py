@@ -17,8 +17,8 @@ BAR, FINE = 11, 9  # letters of the longest bar; lines of a histogram up to whic
 def page(survey: Survey, width: int, bad_path: Path) -> str:
     """The check on one screen, `width` columns wide."""
     num_rows, num_bad = survey.num_rows, len(survey.bad)
-    read = f"{num_rows:,} rows of {survey.records.name} in {survey.seconds:.0f} s"
-    lines = [f"{read}: {num_rows - num_bad:,} good, {num_bad:,} with a problem", ""]
+    read = f"{num_rows:,} rows in {survey.seconds:.0f} s: {num_rows - num_bad:,} good, {num_bad:,} with a problem"
+    lines = [f"{read}; {survey.records.name}", ""]
     lines += [f"{name:<11} {text}" for name, text in facts(survey)]
     if any(survey.counts["text"]):
         lines += ["", *table(survey)]

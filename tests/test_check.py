@@ -77,7 +77,7 @@ def picture(image="a.png", question="where?", answer="there", **more):
 def test_clean_rows(check, world):
     page, bad, summary = check([chat(id="one"), picture(answer="<box>10 20 30 40</box>"), chat("3 + 3?", "6")])
     assert bad == {} and not (world / "out" / "bad_rows.jsonl").exists()
-    assert page.startswith("3 rows of ") and "3 good, 0 with a problem" in page and "1 CogAgent" in page
+    assert page.startswith("3 rows in ") and "3 good, 0 with a problem" in page and "1 CogAgent" in page
     assert summary["rows"] == 3 and summary["bad_rows"] == 0 and summary["dialects"] == {"messages": 2, "CogAgent": 1}
     assert set(os.listdir(world / "out")) == {"summary.json"}
 

@@ -412,7 +412,7 @@ def test_marks_and_pictures_must_agree(refused_run, world, tmp_path):
 def test_a_bad_row_in_the_middle_of_a_run(refused, monkeypatch, capsys, world, tmp_path):
     """Found by a worker, because only pixels show it: the run ends saved, and goes on without the row when told to."""
     shutil.copy(world / "shot.png", tmp_path)
-    save(tmp_path / "x.png", 56, 56)
+    shutil.copy(world / "shot.png", tmp_path / "x.png")  # as large as all others: not among the rows that are shown before
     truncate(tmp_path / "x.png")
     rows = write_rows(tmp_path / "x.jsonl", [picture_row("shot.png")] * 20 + [picture_row("x.png")])
     flags = train_flags(world, tmp_path / "out", "--use_lora", "--epochs", 1, "--seed", 2, base="vl", rows=rows)
