@@ -12,7 +12,7 @@ pipeline-tiny:  ## SFT, DPO and RLOO of a tiny model in a row, a few minutes
 test:  ## every test
 	@python=$$(sh .ci/python requirements-dev.txt) && $$python -m pytest -n 2 --durations=5
 
-quick:  ## the tests that take no training run, within a minute
+quick:  ## the tests that take no training run and no second library, within a minute
 	@python=$$(sh .ci/python requirements-dev.txt) && $$python -m pytest -n 2 -m "not slow"
 
 lint:

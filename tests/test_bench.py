@@ -14,6 +14,8 @@ from bench.workload import FULL, QUICK, ROWS_PER_STEP, make_rows, write_model
 from data.errors import UserError
 from model.family import find_family
 
+pytestmark = pytest.mark.slow
+
 
 def bench(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "bench", "train", *arguments]

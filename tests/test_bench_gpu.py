@@ -17,6 +17,8 @@ from data.records import open_records
 from model.family import find_family
 from model.load import build_on_meta, check_tensors, load
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.slow
 def test_the_whole_script_runs_dry(tmp_path):

@@ -21,6 +21,8 @@ from training import checkpoint
 from training.guards import Stop
 from training.state import State
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("fsync", "rename", "mkdir", "unlink", "rmdir")
 
 

@@ -22,6 +22,8 @@ from data.download import DATA_SETS, download
 from data.errors import UserError
 from data.images import open_image
 
+pytestmark = pytest.mark.slow
+
 OLD, NEW = "a" * 40, "b" * 40
 MIND2WEB, SMOLTALK = "osunlp/Multimodal-Mind2Web", "HuggingFaceTB/smol-smoltalk"
 

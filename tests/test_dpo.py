@@ -31,6 +31,8 @@ from training.config import read_config
 from training.journal import read_journal
 from training.precision import choose
 
+pytestmark = pytest.mark.slow
+
 FLAGS = {name: module.Flags for name, module in list_stages().items()}
 LN2 = math.log(2)
 

@@ -170,6 +170,7 @@ def normal(text):
     return unicodedata.normalize("NFC", text)
 
 
+@pytest.mark.slow
 def test_random_conversations(family):
     """2,000 chats: supervised text is the answers and their stops, prompts agree, no text becomes a special token."""
     draw = random.Random(0)

@@ -32,6 +32,8 @@ from model import load_model
 from model.load import quantized_names
 from model.shards import Shards
 
+pytestmark = pytest.mark.slow
+
 
 def saved(folder: Path, base: Path, **settings):
     """An adapter of a base on disk; returns (its model, family)."""

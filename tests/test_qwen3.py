@@ -33,6 +33,8 @@ from model.load import build_on_meta, expected_tensors
 from model.tiny import write_tiny
 from stages.sft import Flags, Stage
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("qwen3", "qwen3_vl", "qwen3_vl_other")
 OTHER_TEXT = dict(
     hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=1, head_dim=24,

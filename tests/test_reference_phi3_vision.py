@@ -31,6 +31,8 @@ from model.load import build_on_meta, expected_tensors
 from model.shards import Shards
 from model.tiny import write_tiny
 
+pytestmark = pytest.mark.slow
+
 KIND = "phi3_v"
 TOWER = "model.vision_embed_tokens.img_processor.vision_model"
 

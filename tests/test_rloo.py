@@ -32,6 +32,8 @@ from training.memory import GIB, Stack, cache_bytes
 from training.precision import choose
 from training.rehearsal import Plan
 
+pytestmark = pytest.mark.slow
+
 FLAGS = {name: module.Flags for name, module in list_stages().items()}
 FIGURES = {"reward", "reward_spread", "no_signal", "kl", "entropy", "answer_tokens", "stop_rate", "clipped"}
 

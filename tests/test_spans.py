@@ -25,6 +25,8 @@ from data.turns import ROLES
 from model.family import Options, families, find_family
 from model.tiny import set_vocabulary, write_byte_tokenizer, write_json
 
+pytestmark = pytest.mark.slow
+
 NUM_CONVERSATIONS = int(os.environ.get("RANDOM_CONVERSATIONS", 60))
 TOKENIZERS = {"qwen2": "qwen2.5", "qwen2_5_vl": "qwen2.5-vl", "minicpm_v": "minicpm_llama3", "cogagent": "cogagent",
               "phi3_vision": "phi3-vision"}  # fmt: skip

@@ -12,6 +12,8 @@ from data.errors import UserError
 from data.records import open_records
 from data.template import make_template
 
+pytestmark = pytest.mark.slow
+
 # A row with the columns of DBQ/Burberry.Product.prices (schema of its cards); the picture's URL became a file's name.
 BURBERRY = {
     "website_name": "Burberry", "competence_date": "2023-11-17", "country_code": "USA", "currency_code": "USD",

@@ -17,6 +17,8 @@ from model.tiny import write_tiny
 from training import opening
 from training.journal import read_journal
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
