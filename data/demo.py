@@ -298,9 +298,9 @@ def tokenizer_text() -> list[str]:
 # ---- the demo as a run ----------------------------------------------------------------------------------------------------
 
 NUM_ROWS = 600  # of the new task
-SETTINGS = {  # of `python train.py` without arguments; how it learns is left to Config's defaults
+SETTINGS = {  # of `python train.py` without arguments; how it learns, but not for how long, is left to Config's defaults
     "base_model": str(Path(__file__).parent / "demo_base"), "output_dir": "checkpoints/demo", "use_lora": True,
-    "gradient_checkpointing": False, "eval_every": "no", "save_every": "no", "predict_with_generate": True,
+    "max_steps": 120, "gradient_checkpointing": False, "eval_every": "no", "save_every": "no", "predict_with_generate": True,
     "eval_task": "demo", "max_new_tokens": 24}
 
 
