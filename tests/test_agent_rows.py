@@ -18,6 +18,8 @@ from data.images import image_size, open_image
 from data.records import open_records
 from data.turns import Problem, parts_of
 
+pytestmark = pytest.mark.slow
+
 
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -89,6 +89,7 @@ def check_random_expressions(count, seed):
     return num_right
 
 
+@pytest.mark.slow
 def test_random_and_adversarial_expressions_agree_with_the_oracle():
     assert check_random_expressions(100_000, seed=1) > 15_000
 

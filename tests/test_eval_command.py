@@ -22,6 +22,8 @@ from model.family import Options, families, find_family
 from model.tiny import write_tiny
 from stages import sft
 
+pytestmark = pytest.mark.slow
+
 TOOL = {
     "type": "function",
     "function": {"name": "click", "parameters": {"properties": {"mark_id": {"type": "integer"}}}},

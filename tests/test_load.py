@@ -496,6 +496,7 @@ def mutate(header: bytes, draw: random.Random) -> bytes:
 # ---- the hub's cache, remote code -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_hub_id_loads_from_the_cache_without_network(tmp_path):
     """models--org--name/snapshots/<revision>, whose files are links into ../../blobs."""
     tiny = write_tiny("qwen2", tmp_path / "tiny").folder
@@ -578,6 +579,7 @@ def test_inspect_needs_no_tokenizer(name, tmp_path, capsys):
     assert ("pictures      taken" in printed) == (name not in ("qwen2", "qwen3"))
 
 
+@pytest.mark.slow
 def test_wrong_commands_end_in_one_sentence(tmp_path):
     for arguments in (["tiny", "gpt9", tmp_path / "x"], ["inspect", tmp_path / "none"]):
         found = run_command(*arguments)

@@ -226,6 +226,7 @@ def test_this_machine():
     assert "\n" not in line and f"torch {torch.__version__}" in line and "GiB memory free" in line and "disk" in line
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept():
     """Once the heap has grown, buffers of 64 MiB take pages that the process has, instead of new ones from the kernel."""
     script = """

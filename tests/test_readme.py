@@ -54,6 +54,7 @@ def test_every_path_in_readme_exists():
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.slow
 def test_python_section_runs():
     code = blocks("python")[0]
     if not (Path(ROOT) / "data/demo_base/model.safetensors").exists():

@@ -32,6 +32,8 @@ from model.quantize import dequantize
 from model.shards import Shards
 from model.tiny import write_tiny
 
+pytestmark = pytest.mark.slow
+
 OFFICIAL = Options(labels="official")
 RUNS = ("golden", "golden_original_rope")
 
