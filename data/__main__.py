@@ -171,6 +171,7 @@ def open_family_and_rows(config: Config, takes: Collection[str], keep_index: boo
 
     options = Options(config.max_pixels, config.tool_template, config.labels, box_format=config.box_format)
     family = find_family(resolve(config.base_model), options)
+    _ = family.tokenizer  # where it is missing, that is one fault of the folder and not one of every row
     template = make_template(config.prompt_template, config.response_template, config.image_column)
     places = config.image_root, config.allow_outside_images
     return family, open_records(config.data_path, *places, config.on_bad_row, takes, template, boxes_of(family), keep_index)

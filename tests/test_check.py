@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,12 +231,16 @@ def test_kinds_of_row(check):
         (["--frobnicate", "1"], "--frobnicate"), (["--max_length", "many"], "--max_length many"),
         (["--stage", "sftt"], "no such stage"), (["--data_path", "gone.jsonl"], "gone.jsonl"),
         (["--base_model", "gone"], "gone"), (["--image_root", "gone"], "gone"), (["--data_path", ""], "--data_path is missing"),
+        (["--base_model", "mute"], "tokenizer"),
     ],
 )  # fmt: skip
 def test_wrong_flags(world, monkeypatch, capsys, tmp_path, flags, words):
     (tmp_path / "rows.jsonl").write_text(json.dumps(chat()) + "\n")
     given = {"--base_model": world / "text", "--data_path": tmp_path / "rows.jsonl", "--output_dir": tmp_path / "out"}
     given |= dict(zip(flags[::2], flags[1::2], strict=True))
+    if given["--base_model"] == "mute":  # a model folder without a tokenizer
+        given["--base_model"] = tmp_path / "mute"
+        shutil.copytree(world / "text", tmp_path / "mute", ignore=shutil.ignore_patterns("*token*", "vocab*", "merges*"))
     monkeypatch.setattr(sys, "argv", ["python -m data", "check", *(str(part) for pair in given.items() for part in pair)])
     with pytest.raises(SystemExit) as exit:
         command(doors.main)
