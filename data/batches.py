@@ -44,6 +44,10 @@ class Packed:
             weights=move(self.weights), values={name: move(tensor) for name, tensor in self.values.items()}, pixels=pixels,
         )
 
+    def picture_places(self) -> torch.Tensor:
+        """(places,) of the row that pictures take, in order."""
+        return torch.cat([torch.arange(*span) for span in self.image_spans]).to(self.input_ids.device)
+
     def supervised(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(where, target): places whose next token of the same example is supervised, and that token. (n,) each."""
         target = self.labels[1:]

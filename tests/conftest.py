@@ -18,3 +18,13 @@ def shared(path: str) -> Path:
     if not found.exists():
         pytest.skip(f"{path} of the shared material is not on this machine")
     return found
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A tiny text model with a byte-level tokenizer of its own; nobody writes into it."""
+    from model.tiny import write_tiny
+
+    folder = tmp_path_factory.mktemp("base") / "qwen2"
+    write_tiny("qwen2", folder)
+    return folder

@@ -4,18 +4,19 @@ import json
 import math
 import random
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small_run
 import torch
 from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_run import run
 
-import train
 from data.batches import epoch_order
 from data.errors import UserError
 from data.records import open_records
@@ -33,6 +34,7 @@ from training.precision import choose
 
 pytestmark = pytest.mark.slow
 
+flags = partial(small_run.flags, stage="dpo", warmup_steps=0)
 FLAGS = {name: module.Flags for name, module in list_stages().items()}
 LN2 = math.log(2)
 
@@ -40,13 +42,6 @@ LN2 = math.log(2)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "qwen2"
-    write_tiny("qwen2", folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +66,6 @@ def rows(tmp_path_factory) -> Path:
             chosen, rejected = ([*prompt, {"role": "assistant", "content": text}] for text in answers)
             file.write(json.dumps({"id": f"sum-{number}", "chosen": chosen, "rejected": rejected}) + "\n")
     return path
-
-
-def run(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    return train.main()
-
-
-def flags(base, rows, output, *more) -> list:
-    """The arguments of a small fp32 run; `more` wins over the common ones."""
-    common = {"--base_model": base, "--data_path": rows, "--output_dir": output, "--batch_size": 4, "--num_workers": 0}
-    common |= {"--device": "cpu", "--precision": "fp32", "--eval_every": "no", "--stage": "dpo", "--warmup_steps": 0}
-    return [part for flag, value in common.items() if flag not in more for part in (flag, value)] + list(more)
 
 
 def steps_of(output: Path) -> list[dict]:

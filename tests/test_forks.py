@@ -41,13 +41,6 @@ CHATS = [("2 + 2", "four"), ("name a colour", "blue, or any other"), ("3 + 5 + 1
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "qwen2"
-    write_tiny("qwen2", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     """Another model: the base's layout, other weights, and ten times as sure of its answers."""
     folder = tmp_path_factory.mktemp("teacher") / "qwen2"

@@ -4,19 +4,21 @@ import json
 import math
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import small_run
 import torch
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
+from small_run import run
 
 import data.__main__ as data_door
 import stages.__main__ as pipeline
-import train
 from data.errors import UserError
 from data.records import open_records
 from data.rows import open_rows
@@ -34,6 +36,8 @@ from training.rehearsal import Plan
 
 pytestmark = pytest.mark.slow
 
+RLOO = {"stage": "rloo", "warmup_steps": 0, "reward": "test_rloo:checksum", "num_samples": 3, "max_new_tokens": 6}
+flags = partial(small_run.flags, **RLOO)
 FLAGS = {name: module.Flags for name, module in list_stages().items()}
 FIGURES = {"reward", "reward_spread", "no_signal", "kl", "entropy", "answer_tokens", "stop_rate", "clipped"}
 
@@ -49,32 +53,12 @@ def seeded():
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "qwen2"
-    write_tiny("qwen2", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
     """Ten problems of different lengths, none of which a random model solves."""
     path = tmp_path_factory.mktemp("rows") / "problems.jsonl"
     lines = [{"id": f"p{n}", "prompt": "add " + "1 " * n, "ground_truth": str(n)} for n in range(1, 11)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
-
-
-def run(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    return train.main()
-
-
-def flags(base, rows, output, *more) -> list:
-    """The arguments of a small fp32 run; `more` wins over the common ones."""
-    common = {"--base_model": base, "--data_path": rows, "--output_dir": output, "--batch_size": 4, "--num_workers": 0}
-    common |= {"--device": "cpu", "--precision": "fp32", "--eval_every": "no", "--stage": "rloo", "--warmup_steps": 0}
-    common |= {"--reward": "test_rloo:checksum", "--num_samples": 3, "--max_new_tokens": 6}
-    return [part for flag, value in common.items() if flag not in more for part in (flag, value)] + list(more)
 
 
 def steps_of(output: Path) -> list[dict]:

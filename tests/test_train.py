@@ -3,13 +3,13 @@
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import shared
 from safetensors.torch import load_file
+from small_run import flags, run
 
 import train
 from model import load_model
@@ -18,14 +18,6 @@ from training import opening
 from training.journal import read_journal
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """A tiny text model with a byte-level tokenizer of its own."""
-    folder = tmp_path_factory.mktemp("base") / "qwen2"
-    write_tiny("qwen2", folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +34,6 @@ def rows(tmp_path_factory) -> Path:
             ]
             file.write(json.dumps({"id": f"sum-{number}", "messages": messages}) + "\n")
     return path
-
-
-def run(monkeypatch, *arguments) -> int:
-    """train.py with these arguments, in this process."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    return train.main()
-
-
-def flags(base, rows, output, *more) -> list:
-    """The arguments of a small fp32 run; `more` wins over the common ones."""
-    common = {"--base_model": base, "--data_path": rows, "--output_dir": output, "--batch_size": 4, "--num_workers": 0}
-    common |= {"--device": "cpu", "--precision": "fp32", "--eval_every": "no"}
-    return [part for flag, value in common.items() if flag not in more for part in (flag, value)] + list(more)
 
 
 def weights_of(output: Path) -> dict[str, torch.Tensor]:

@@ -73,7 +73,7 @@ class Journal:
         self.path = Path(folder) / "journal.jsonl"
         self.last_step, self.logging_steps = last_step, logging_steps
         self.shown_gib = 0.0  # the peak memory that the screen has shown
-        self.seconds_per_step = 0.0  # running mean of this session, for the time that is left
+        self.seconds_per_step = 0.0  # running mean since this start, for the time that is left
         self.logger = None if report_to == "none" else open_logger(report_to, folder)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_journal(self.path) if record["step"] <= step] if step else []

@@ -207,8 +207,7 @@ class Phi3Vision(Family):
         rows = [tower(p["pixel_values"], self.grids(p)) for p in packed.pixels if p]
         if not rows:
             return embeddings
-        where = torch.cat([torch.arange(*span) for span in packed.image_spans]).to(embeddings.device)
-        return embeddings.index_copy(0, where, torch.cat(rows).to(embeddings.dtype))  # (T, D)
+        return embeddings.index_copy(0, packed.picture_places(), torch.cat(rows).to(embeddings.dtype))  # (T, D)
 
     def original_logits(self, model: Model, examples: list[Example]) -> list[torch.Tensor]:
         """The official collator's batch: padded rows count on, so the longest chooses the rotary factors of all, and an

@@ -95,8 +95,7 @@ class Qwen2_5_VL(ChatML):  # noqa: N801 - the model's name
             return embeddings
         tower = net.model.visual
         features = tower(pictures["pixel_values"].to(tower.dtype), grid_thw=pictures["image_grid_thw"]).pooler_output
-        where = torch.cat([torch.arange(*span) for span in packed.image_spans]).to(embeddings.device)
-        return embeddings.index_copy(0, where, features.to(embeddings.dtype))  # (T, D)
+        return embeddings.index_copy(0, packed.picture_places(), features.to(embeddings.dtype))  # (T, D)
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
 

@@ -81,6 +81,5 @@ class Qwen3VL(Qwen2_5_VL):
         tower = net.model.visual
         seen = tower(pictures["pixel_values"].to(tower.dtype), grid_thw=pictures["image_grid_thw"])
         features = torch.cat([seen.pooler_output, *seen.deepstack_features], dim=1)  # (places, (1 + n) D)
-        where = torch.cat([torch.arange(*span) for span in packed.image_spans]).to(embeddings.device)
         wide = F.pad(embeddings, (0, features.shape[1] - embeddings.shape[1]))
-        return wide.index_copy(0, where, features.to(wide.dtype))  # (T, (1 + n) D)
+        return wide.index_copy(0, packed.picture_places(), features.to(wide.dtype))  # (T, (1 + n) D)
