@@ -473,9 +473,9 @@ def test_adapter_names_the_original_modules(tiny, tmp_path, quant):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("quant, share", [("8bit", 0.1), ("4bit", 1e-5)])
-def test_quantised_model_computes_with_its_weights(tiny, quant, share):
-    """The 16-bit model with the dequantised weights is the oracle; 8-bit layers round their inputs as well."""
+@pytest.mark.parametrize("quant", ["8bit", "4bit"])
+def test_quantised_model_computes_with_its_weights(tiny, quant):
+    """The whole model with the dequantised weights is the oracle."""
     whole, family = load_model(tiny, dtype="float32")
     model, _ = load_model(tiny, quant=quant, dtype="float32")
     names = quantized_names(family, whole.net)
@@ -488,7 +488,7 @@ def test_quantised_model_computes_with_its_weights(tiny, quant, share):
             weight.copy_(close)
     examples = rows_of(family)
     for a, b in zip(whole.logits(examples), model.logits(examples), strict=True):
-        assert (a - b).norm() / a.norm() < share
+        assert (a - b).norm() / a.norm() < 1e-5
     ids = [answer.ids for answer in generate(model, rows_of(family, prompts=True), 3, stop_ids=[])]
     assert [len(chosen) for chosen in ids] == [3] * len(examples)
 
