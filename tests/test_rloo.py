@@ -27,7 +27,7 @@ from lora import adapter
 from model import load_model
 from model.tiny import write_tiny
 from stages import list_stages
-from stages.rloo import Flags, Stage, advantages, shaped_advantages, spread_by_prompt
+from stages.rloo import Flags, Stage, advantages, column, shaped_advantages, spread_by_prompt
 from training.config import read_config
 from training.journal import read_journal
 from training.memory import GIB, Stack, cache_bytes
@@ -124,16 +124,16 @@ def test_two_answers_by_hand():
     assert advantages(rewards, "group").tolist() == [[pytest.approx(0.45), pytest.approx(-0.45)], [0, 0]]
     deviation = 0.9 / math.sqrt(2)
     assert advantages(rewards, "group_std")[0, 0].item() == pytest.approx(0.45 / (deviation + 1e-4))
-    assert spread_by_prompt([1.0, 0.1, 0.0, 0.0], 2) == [0.9, 0.9, 0, 0]
+    assert spread_by_prompt(column([1.0, 0.1, 0.0, 0.0]), 2).tolist() == [0.9, 0.9, 0, 0]
 
 
 def test_where_the_kl_comes_off():
     """In the reward it is shared out by the baseline, so that advantages add up to 0; after it, each answer pays its own."""
-    rewards, kl = [1.0, 0.0, 0.5, 0.2], [2.0, -1.0, 0.0, 4.0]
+    rewards, kl = column([1.0, 0.0, 0.5, 0.2]), column([2.0, -1.0, 0.0, 4.0])
     inside = shaped_advantages(rewards, kl, Flags("text", num_samples=2, kl_beta=0.1))
-    assert inside == pytest.approx([0.8 - 0.1, 0.1 - 0.8, 0.5 + 0.2, -0.2 - 0.5])
+    assert inside.tolist() == pytest.approx([0.8 - 0.1, 0.1 - 0.8, 0.5 + 0.2, -0.2 - 0.5])
     outside = shaped_advantages(rewards, kl, Flags("text", num_samples=2, kl_beta=0.1, kl_placement="advantage"))
-    assert outside == pytest.approx([1 - 0.2, -1 + 0.1, 0.3, -0.3 - 0.4])
+    assert outside.tolist() == pytest.approx([1 - 0.2, -1 + 0.1, 0.3, -0.3 - 0.4])
 
 
 # ---- what is collected ----------------------------------------------------------------------------------------------------
