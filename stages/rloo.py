@@ -38,6 +38,7 @@ SMALLEST_SPREAD = 1e-4  # what --advantage group_std adds to the standard deviat
 class Flags:
     reward: str | None = option(None, "what judges an answer: a rule (countdown, text, box_iou, ..), a reward model's folder, "
                                 "MODEL@URL of a server, or module:function of yours", shown="NAME")
+    requests_per_minute: float = option(0.0, "to a reward's server at most; 0: as many as it takes", steers=False)
     num_samples: int = option(8, "answers to each prompt, of max_new_tokens at most: CS224R's 8; TRL takes 2", low=2)
     temperature: float = option(1.0, "of sampling and of every log-probability: TRL's and CS224R's 1", low=0.01)
     advantage: str = option("loo", "of an answer: reward less the mean of the prompt's other answers (loo), less the mean of "
@@ -90,11 +91,12 @@ class Stage(sft.Stage):
 
         super().__init__(flags, model, max_length)
         self.flags, self.num_answers = flags, flags.num_samples
-        self.judge = find_reward(flags.reward)
+        self.judge = find_reward(flags.reward, requests_per_minute=flags.requests_per_minute)
+        self.held_bytes = {"reward model": getattr(self.judge, "num_bytes", 0)}
         self.reference = reference_of(model) if flags.kl_beta else None
         if flags.kl_beta and self.reference is None:  # the weights themselves are trained: a second set of them is held
             self.reference = reference_of(model, copy=True)
-            self.held_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+            self.held_bytes["reference weights"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
     @property
     def task(self) -> "Task":
@@ -109,8 +111,12 @@ class Stage(sft.Stage):
         return Question(prompt, record)
 
     def prepare(self, run: Any) -> None:
-        """A resumed run must sample answers as long as before."""
+        """A resumed run must sample answers as long as before, and be told what a server has said of them before."""
+        from eval.judges import ServedReward
+
         run.identity["max_new_tokens"] = run.config.max_new_tokens
+        if isinstance(self.judge, ServedReward):
+            self.judge.server.keep_in(run.folder)
 
     def sequences(self, row: "Question | Example") -> list["Example"]:
         return [getattr(row, "prompt", row)]

@@ -28,7 +28,7 @@ from model import load_model
 from model.tiny import write_tiny
 from stages import list_stages
 from stages.rloo import Flags, Stage, advantages, column, shaped_advantages, spread_by_prompt
-from training.config import read_config
+from training.config import read_config, trajectory
 from training.journal import read_journal
 from training.memory import GIB, Stack, cache_bytes
 from training.precision import choose
@@ -282,7 +282,7 @@ def test_rewards_that_fail_say_so(tmp_path, base, rows, monkeypatch):
         stage.collect(run, questions)
     wrong = {"ZeroDivisionError": lambda replies: 1 / 0, "score of nan": lambda replies: [{"score": math.nan}] * 20}
     for words, judge in wrong.items():
-        monkeypatch.setattr(eval.rewards, "find_reward", lambda name, judge=judge: judge)
+        monkeypatch.setattr(eval.rewards, "find_reward", lambda name, judge=judge, **more: judge)
         run, stage, questions = open_run(tmp_path, base, rows, Flags("mine:own", num_samples=2))
         with pytest.raises(UserError, match=words):
             stage.collect(run, questions)
@@ -416,13 +416,32 @@ def test_the_plan_holds_the_cache_and_the_reference(tmp_path, base):
     assert 128 * 8 * 1280 * cache_bytes(qwen) / GIB == 15
     model, _ = load_model(base, dtype="float32")
     config = read_config(["--base_model", "b", "--data_path", "r", "--stage", "rloo", "--reward", "text"], FLAGS)
-    plan = Plan(model, config, num_answers=8, held_bytes=GIB)
+    plan = Plan(model, config, num_answers=8, held_bytes={"reference weights": GIB, "reward model": 2 * GIB})
     micro_tokens, cache_tokens = plan.fit(100)
     parts = dict(plan.parts(micro_tokens))
     assert micro_tokens >= 612 and 8 * 612 <= cache_tokens <= 16384
-    assert parts["reference weights"] == 1
+    assert parts["reference weights"] == 1 and parts["reward model"] == 2
     assert parts["KV cache of sampled answers"] * GIB == cache_tokens * 2 * 2 * 32 * 4  # layers, k and v, 2 heads of 16, fp32
     assert Plan(model, config).fit(100)[1] == 0 and "reference weights" not in dict(Plan(model, config).parts(100))
+
+
+def test_a_learned_reward_is_planned_for_and_remembered(tmp_path, base, rows, monkeypatch):
+    """A reward model's weights are a part of the plan; what a server says is kept in the run's folder, at any pace."""
+    import eval.rewards
+    from eval.judges import ServedReward, Server
+
+    judge = SimpleNamespace(num_bytes=7)
+    monkeypatch.setattr(eval.rewards, "find_reward", lambda name, requests_per_minute: judge)
+    _, stage, _ = open_run(tmp_path, base, rows, Flags("folder"))
+    assert stage.held_bytes["reward model"] == 7 and stage.held_bytes["reference weights"] > 1000
+    judge = ServedReward(Server("m@http://127.0.0.1:9/v1"))
+    run, stage, _ = open_run(tmp_path, base, rows, Flags("served"))
+    run.identity = {}
+    stage.prepare(run)
+    assert judge.server.path == tmp_path / "reward_cache.jsonl"
+    common = ["--base_model", "b", "--data_path", "r", "--stage", "rloo", "--reward", "text", "--requests_per_minute"]
+    assert trajectory(read_config([*common, "9"], FLAGS)) == trajectory(read_config([*common, "8"], FLAGS))
+    assert trajectory(read_config([*common, "9"], FLAGS))["num_samples"] == 8
 
 
 @pytest.mark.parametrize("name", ["ultrafeedback", "countdown"])
