@@ -150,6 +150,8 @@ def shortest_targets(net: torch.nn.Module) -> list[str]:
 def read_adapter(folder: str | Path) -> AdapterFile:
     """An adapter folder in PEFT's format, LoRA or prefix. Raises UserError for what is not understood."""
     folder = Path(folder)
+    if not (folder / CONFIG).exists() and (folder / "adapter" / CONFIG).exists():
+        raise UserError(f"{folder}: is a run's folder; name the one of its adapter, {folder / 'adapter'}")
     config = read_json(folder / CONFIG)
     check_config(folder / CONFIG, config)
     path = folder / WEIGHTS
@@ -213,13 +215,12 @@ def load_adapter(model: Model, family: Family, folder: str | Path) -> Settings:
     adapter = read_adapter(folder)
     said, layers = adapter.settings, lora_layers(model.net)
     names = {name: name if has_module(model.net, name) else family.module_name(name) for name in said.targets or []}
+    for old, new in names.items():
+        if not has_module(model.net, new):
+            raise UserError(
+                f"{folder}: has a tensor for {old}, but this model ({family.name}) has no such layer; it is for another base"
+            )
     if not layers and model.prefix is None:
-        for old, new in names.items():
-            if not has_module(model.net, new):
-                raise UserError(
-                    f"{folder}: has a tensor for {old}, but this model ({family.name}) has no such layer; it is for "
-                    "another base"
-                )
         if names:
             inject(model, said, list(names.values()))
         else:

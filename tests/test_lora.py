@@ -417,9 +417,10 @@ def test_an_adapter_of_another_base_is_refused(bases, tmp_path):
     wider = tiny_base(tmp_path / "wider", "text", intermediate_size=112)
     shorter = tiny_base(tmp_path / "shorter", "text", num_hidden_layers=1)
     for folder, words in ((wider, r"is \(96, 4\), this model's is \(112, 4\)"), (shorter, "no such layer")):
-        other, family = load_model(folder, dtype="float32")
-        with pytest.raises(UserError, match=words):
-            load_adapter(other, family, tmp_path / "adapter")
+        for attached in (False, True):  # as evaluation opens it, and as a run goes on from it
+            other, family, _ = make(folder) if attached else (*load_model(folder, dtype="float32"), None)
+            with pytest.raises(UserError, match=words):
+                load_adapter(other, family, tmp_path / "adapter")
 
 
 def rewrite(folder: Path, config: dict | None = None, tensors: dict | None = None, drop: str | None = None) -> None:

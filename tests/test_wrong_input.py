@@ -483,6 +483,7 @@ def test_adapter_paths(refused_run, refused, world, tmp_path):
         refused_run(str(path), flags=["--adapter", path])
         merging = ["merge", "--base_model", world / "base", "--adapter", path, "--output_dir", tmp_path / "merged"]
         refused(adapters.main, merging, str(path))
+    refused_run("is a run's folder", str(world / "run" / "adapter"), flags=["--adapter", world / "run"])
     refused_run("adapter", "--lora_r 16", flags=["--adapter", world / "run" / "adapter", "--lora_r", 4])
 
 
