@@ -354,7 +354,7 @@ def test_evaluation_is_by_the_reward(monkeypatch, tmp_path, base, rows, capsys):
     assert [r["step"] for r in found] == [0, 2, 3] and {"score", "long", "stop_rate"} <= set(found[0])
     assert "eval_loss" not in found[0]
     text = capsys.readouterr().out
-    assert "KV cache of sampled answers" in text and "reference weights" in text
+    assert "KV cache of sampled answers" in text and "reference, sampler weights" in text
     assert "<|im_start|>assistant\n[[" in text  # a sampled answer, marked
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(name in page for name in ("reward spread", "no signal", "entropy", "stop rate", "sampled in step 3", "sampling"))
@@ -420,9 +420,9 @@ def test_the_plan_holds_the_cache_and_the_reference(tmp_path, base):
     micro_tokens, cache_tokens = plan.fit(100)
     parts = dict(plan.parts(micro_tokens))
     assert micro_tokens >= 612 and 8 * 612 <= cache_tokens <= 16384
-    assert parts["reference weights"] == 1
+    assert parts["reference, sampler weights"] == 1
     assert parts["KV cache of sampled answers"] * GIB == cache_tokens * 2 * 2 * 32 * 4  # layers, k and v, 2 heads of 16, fp32
-    assert Plan(model, config).fit(100)[1] == 0 and "reference weights" not in dict(Plan(model, config).parts(100))
+    assert Plan(model, config).fit(100)[1] == 0 and "reference, sampler weights" not in dict(Plan(model, config).parts(100))
 
 
 @pytest.mark.parametrize("name", ["ultrafeedback", "countdown"])

@@ -80,7 +80,8 @@ class Plan:
         vision = getattr(net.config, "vision_config", None)
         trains_vision = any(self.model.family.part_of(name.removeprefix("net.")) != "language" for name, _ in self.trained)
         patches = tokens * getattr(vision, "spatial_merge_size", 1) ** 2
-        own = [("reference weights", self.held_bytes), ("KV cache of sampled answers", self.cache_tokens * self.cache_bytes)]
+        own = [("reference, sampler weights", self.held_bytes),
+               ("KV cache of sampled answers", self.cache_tokens * self.cache_bytes)]
         return [(part, size / GIB) for part, size in own if size] + plan(
             self.weights,
             sum(p.numel() for _, p in self.trained),
