@@ -200,8 +200,12 @@ def find_reward(name: str, folder: Path | None = None, requests_per_minute: floa
 
 
 def each(rule: Callable[[Reply], dict[str, float]], replies: list[Reply]) -> list[dict[str, float]]:
-    """A rule on every reply. Raises UserError where it gives no score."""
-    found = [rule(reply) for reply in replies]
-    if not all("score" in values for values in found):
-        raise UserError(f'the reward gives {found[0]}; a reward gives a dict with "score" in it')
-    return found
+    """A rule on every reply. Raises UserError where it gives anything but numbers by name, or no score among them."""
+    return [as_numbers(rule(reply)) for reply in replies]
+
+
+def as_numbers(values: Any) -> dict[str, float]:
+    try:
+        return {"score": float(values["score"])} | {name: float(value) for name, value in values.items()}
+    except (TypeError, LookupError, AttributeError, ValueError):
+        raise UserError(f'the reward gives {values!r}; a reward gives numbers by name, {{"score": ..}} at least') from None

@@ -1,6 +1,7 @@
 """Rewards by name, GUI actions by the published rules, and learned rewards against what they are made of."""
 
 import json
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,8 +70,10 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert find_reward("my_reward:length")([reply("abc")]) == [{"score": 3}]
-    with pytest.raises(UserError, match="score"):
-        find_reward("my_reward:bad")([reply("abc")])
+    for values in ({"length": 1}, 1.0, None, {"score": "high"}, {"score": None}, {"score": 1.0, "why": "because"}):
+        monkeypatch.setattr("my_reward.bad", lambda reply, values=values: values)
+        with pytest.raises(UserError, match=re.escape(f"gives {values!r}; a reward gives numbers by name")):
+            find_reward("my_reward:bad")([reply("abc")])
     for wrong in ("count", "my_reward:nothing", "no_such_file:f"):
         with pytest.raises(UserError, match=f"--reward {wrong}"):
             find_reward(wrong)
@@ -231,6 +234,11 @@ class FakeServer(BaseHTTPRequestHandler):
         self.requests.append((self.path, self.headers.get("Authorization"), body))
         found = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         status, text = (200, found(body)) if callable(found) else found
+        if text == "break off":
+            self.send_response(200)
+            self.send_header("Content-Length", "9")
+            self.end_headers()
+            return
         if status == 200:
             text = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
         self.send_response(status)
@@ -270,6 +278,8 @@ def test_a_served_reward_is_asked_once_for_each_answer(server, tmp_path, monkeyp
     with open(tmp_path / "reward_cache.jsonl", "a") as file:
         file.write('{"key": "half a li')  # a kill
     assert find_reward(name, tmp_path)(replies)[0]["score"] == -1.5 and len(fake.requests) == 3
+    assert find_reward(name, tmp_path)([reply("dddd", messages=QUESTION)])[0]["score"] == -4.5
+    assert find_reward(name, tmp_path)(replies)[2]["score"] == -3.5 and len(fake.requests) == 4
 
 
 SCORES = {"reward:-4.125": -4.125, " 1.5\n": 1.5, "helpfulness:1.25,correctness:2,verbosity:0.5": 1.25, "reward: 3e-2": 0.03}
@@ -285,10 +295,11 @@ def test_spellings_of_a_served_score(server, text):
 def test_a_busy_server_is_asked_again_and_one_that_refuses_is_not(server, monkeypatch):
     name, fake = server
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    fake.replies = [(429, "slow down"), (503, "soon"), (200, "reward:1.0")]
+    fake.replies = [(429, "slow down"), (503, "soon"), (200, "break off"), (200, "reward:1.0")]
     assert find_reward(name)([reply("a", messages=QUESTION)])[0]["score"] == 1.0
-    assert len(fake.requests) == 3
-    wrong = {"401": [(401, "no key")], "in 6 tries": [(500, "never")], "no reward but 'Nice!'": [(200, "Nice!")]}
+    assert len(fake.requests) == 4
+    wrong = {"401": [(401, "no key")], "in 6 tries": [(500, "never")], "no reward but 'Nice!'": [(200, "Nice!")],
+             "another form": [(200, None)]}  # fmt: skip
     for sentence, replies in wrong.items():
         fake.replies = replies
         with pytest.raises(UserError, match=sentence):
