@@ -1,4 +1,4 @@
-"""Answers sampled by vLLM instead of eval/generate.py: the same request, many times the tokens a second on a card.
+"""Answers sampled by vLLM instead of eval/generate.py: the same request to an engine that is built for throughput.
 
 vLLM is no requirement and is imported where it is asked for. Its engine runs in this very process, so that no other one
 outlives a kill, beside the model that is trained: with weights and a KV cache of its own, which the plan counts. Before

@@ -201,11 +201,11 @@ def test_a_run_is_that_of_our_own_sampler(monkeypatch, tmp_path, base, rows, fak
     assert texts[0] == texts[1]
 
 
-CUTS = [{}, {"temperature": 0.7, "num_samples": 3, "seed": 5}, {"stop_ids": list(range(100))},
+CUTS = [{}, {"temperature": 0.7, "num_samples": 3, "seed": 5}, {"stop_ids": list(range(150)), "temperature": 1.0},
         {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.05, "num_samples": 2}]  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", CUTS, ids=str)
+@pytest.mark.parametrize("settings", CUTS, ids=["greedy", "sampled", "stops", "cut"])
 def test_every_setting_reaches_the_request(base, fake, settings):
     model, family = load_model(base, dtype="float32")
     engine = Engine(model, adapter.Settings(use_lora=False), torch.float32, 2000, 200)
