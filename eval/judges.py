@@ -49,14 +49,19 @@ class RewardModel:
     """A sequence classifier with one output, in its own chat template: the output is the score."""
 
     def __init__(self, folder: str):
-        """Raises UserError for a folder that holds no such model in safetensors."""
+        """Raises UserError for a folder that holds no such model in safetensors, or not all of its weights."""
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.set_verbosity_error()  # a page on each weight that is missing: said below in one sentence
+        logging.disable_progress_bar()
         local = {"local_files_only": True, "trust_remote_code": False}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-            self.net = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto", use_safetensors=True, **local)
+            self.net, found = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype="auto", use_safetensors=True, output_loading_info=True, **local
+            )
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--reward {folder}: transformers opens no sequence classifier from it ({error})") from None
         if self.net.config.num_labels != 1 or not self.tokenizer.chat_template:
@@ -65,6 +70,9 @@ class RewardModel:
                 f"--reward {folder}: has {self.net.config.num_labels} outputs and {template} chat template; a reward model "
                 "has one of each"
             )
+        if found["missing_keys"]:
+            names = ", ".join(sorted(found["missing_keys"])[:3])
+            raise UserError(f"--reward {folder}: its files hold no {names}, so its scores would be random; take a reward model")
         self.net = self.net.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.num_bytes = sum(parameter.nbytes for parameter in self.net.parameters())
 

@@ -102,7 +102,8 @@ class Stage(sft.Stage):
         if self.known is not None:
             found = self.known.get(key_of(sides))
             if found is None:
-                raise UserError(f"{record.where}: the row or its picture is not what it was when {FILE} was made; put it back")
+                raise UserError(f"{record.where}: the row or its picture is not what it was when {FILE} was made; put it back, "
+                                "or delete that file to have it made again")
             for side, logprob in zip(sides, found, strict=True):
                 side.values["reference"] = logprob
         return pair

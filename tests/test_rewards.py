@@ -81,8 +81,9 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
 
 def test_a_row_without_the_truth_is_a_problem():
     for truth in (None, {"answer": "6"}):
-        with pytest.raises(UserError, match="no numbers and target"):
-            find_reward("countdown")([reply("<answer>2*3</answer>", truth=truth)])
+        answered = reply("<answer>2*3</answer>", truth=truth)
+        with pytest.raises(UserError, match=f"{answered.where}: the row has no numbers and target"):
+            find_reward("countdown")([answered])
 
 
 # ---- GUI actions -----------------------------------------------------------------------------------------------------
@@ -202,9 +203,10 @@ def test_a_reward_model_gives_its_output_for_the_conversation(reward_folder):
         with torch.no_grad():
             assert values["score"] == pytest.approx(net(ids).logits.item(), abs=1e-6)
     assert found[0] == found[2] != found[1]
+    assert find_reward(str(reward_folder)).num_bytes == sum(p.nbytes for p in net.parameters())
 
 
-def test_a_folder_that_is_no_reward_model_is_refused(tmp_path, reward_folder):
+def test_a_folder_that_is_no_reward_model_is_refused(tmp_path, reward_folder, capfd):
     with pytest.raises(UserError, match="no sequence classifier"):
         find_reward(str(tmp_path))
     shutil.copytree(reward_folder, tmp_path / "two")
@@ -215,6 +217,13 @@ def test_a_folder_that_is_no_reward_model_is_refused(tmp_path, reward_folder):
     )
     with pytest.raises(UserError, match="2 outputs"):
         find_reward(str(tmp_path / "two"))
+    capfd.readouterr()
+    write_tiny("qwen2", tmp_path / "chat")  # a language model: transformers would draw the score's weights at random
+    config = json.loads((tmp_path / "chat" / "config.json").read_text()) | {"id2label": {"0": "score"}}
+    (tmp_path / "chat" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="hold no score.weight"):
+        find_reward(str(tmp_path / "chat"))
+    assert capfd.readouterr().err == ""  # the sentence alone
 
 
 def test_a_picture_is_no_text(reward_folder):

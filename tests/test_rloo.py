@@ -501,13 +501,16 @@ def test_a_tiny_model_learns_by_reward(tmp_path, capfd, monkeypatch):
     fewer = [50 if part == 80 else part for part in pipeline.SETTINGS["rloo"]]  # updates, for the test's sake
     monkeypatch.setitem(pipeline.SETTINGS, "rloo", fewer)
     pipeline.run_pipeline(tmp_path, 0, "cpu")
-    lines = capfd.readouterr().out.splitlines()[-4:]
-    assert [line.rsplit(" ", 3)[0] for line in lines] == ["held-out problems solved", "sft loss", "dpo accuracy", "rloo reward"]
+    solved, *lines = capfd.readouterr().out.splitlines()[-4:]
+    assert [line.rsplit(" ", 3)[0] for line in lines] == ["sft loss", "dpo accuracy", "rloo reward"]
+    share = {name: pipeline.measure(tmp_path / name, tmp_path / "rows", "cpu") for name in ("initial", "sft", "dpo", "final")}
+    assert solved == "held-out problems solved: " + ", ".join(f"{name} {value:.1%}" for name, value in share.items())
+    assert share["dpo"] >= share["sft"] and share["final"] >= share["sft"] + 0.15 and share["initial"] == 0
     for name in ("initial", "sft", "dpo", "rloo", "final"):
         assert (tmp_path / name / "journal.jsonl").exists() and (tmp_path / name / "model" / "config.json").exists()
     found = [r for r in read_journal(tmp_path / "rloo" / "journal.jsonl") if r.get("event") == "eval"]
-    assert found[-1]["correct"] >= found[0]["correct"] + 0.15 and found[-1]["stop_rate"] >= 0.95
+    assert found[-1]["correct"] == share["final"] and found[0]["correct"] == share["dpo"] and found[-1]["stop_rate"] >= 0.95
     loss = [r["loss"] for r in steps_of(tmp_path / "sft")]
-    assert lines[1] == f"sft loss {loss[0]:.3f} -> {loss[-1]:.3f}"
+    assert lines[0] == f"sft loss {loss[0]:.3f} -> {loss[-1]:.3f}"
     pipeline.run_pipeline(tmp_path, 0, "cpu")  # nothing is run again
-    assert capfd.readouterr().out.splitlines() == lines
+    assert capfd.readouterr().out.splitlines() == [solved, *lines]
