@@ -165,7 +165,8 @@ class Stage(sft.Stage):
 
         if not self.precomputes:
             return
-        path, purpose, num_steps = run.folder / FILE, fingerprint(run), run.batches.steps_per_epoch
+        path, purpose = run.folder / FILE, fingerprint(run)
+        num_steps = min(run.batches.steps_per_epoch, run.last)
         known, num_done = read_reference(path, purpose)
         started = saved = time.monotonic()
         if num_done <= num_steps:
