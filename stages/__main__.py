@@ -26,7 +26,7 @@ COMMON = ["--num_workers", 0, "--save_every", "no", "--no_gradient_checkpointing
 SETTINGS = {
     "sft": ["--batch_size", 32, "--max_steps", 400, "--learning_rate", 3e-3, "--eval_every", "no"],
     # The answers of a pair differ by one sign: without the chosen one's own loss both become unlikely, and the form is lost
-    "dpo": ["--batch_size", 16, "--max_steps", 120, "--learning_rate", 1e-3, "--dpo_nll", 1, "--eval_split", 40,
+    "dpo": ["--batch_size", 16, "--max_steps", 80, "--learning_rate", 1e-3, "--dpo_nll", 1, "--eval_split", 40,
             "--eval_every", "no"],
     "rloo": ["--batch_size", 32, "--max_steps", 80, "--learning_rate", 1e-3, "--adam_beta2", 0.95, "--kl_beta", 0.02,
              "--reward", "countdown", "--num_samples", 8, "--eval_every", 20],
