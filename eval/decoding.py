@@ -1,8 +1,8 @@
 """Answers in flight: buffers that are written in place, and the step that adds a token to each, replayed on a card.
 
 Prompts are padded on the left, so that all answers write the same column of the KV cache. It is allocated once a batch, and
-attention is shown its first rows and columns: 128 columns more when those are full (an answer that ends early never reads
-the room of a long one), fewer rows when answers have ended, so nothing is copied but the rows that fill the gaps. On a card
+attention is shown its first rows and columns: a block of columns more when those are full (an answer that ends early never
+reads the room of a long one), fewer rows when answers have ended, so nothing is copied but rows into gaps. On a card
 a step is some 500 launches, at small batches little else; there it is recorded once for each number of rows and columns as
 a CUDA graph, which is one launch, and the rows halve instead of leaving one by one. A recording reads and writes the same
 addresses for ever: what changes from step to step is in a buffer of Decoding. On the CPU the same function is called plainly.
@@ -21,7 +21,7 @@ from model.family import Model
 from model.head import CHUNK_BYTES
 from training.guards import is_out_of_memory
 
-BLOCK = 128  # columns
+BLOCK = {"cpu": 16, "cuda": 128}  # columns that are shown at once; on a card each number of them is a recording of its own
 Pick = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -147,7 +147,8 @@ class Decoding:
         self.cache.places += 1
         self.column += 1
         if self.column == self.cache.num_columns:
-            self.cache.show_columns(min((self.column // BLOCK + 1) * BLOCK, self.cache.size[1]))
+            block = BLOCK[self.tokens.device.type]
+            self.cache.show_columns(min((self.column // block + 1) * block, self.cache.size[1]))
 
     def keep(self, slots: list[int], num_rows: int) -> list[int]:
         """Go on in the first num_rows slots: those of `slots` that lie behind move into gaps. Where each of `slots` is now."""
