@@ -62,7 +62,8 @@ class KVCache(Cache):
     def copy_rows(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """What is shown of rows source (n,) into rows target (n,); takes the room of n rows of one layer."""
         for buffer in (x for layer in self.buffers for x in layer):
-            buffer[target, :, : self.num_columns] = buffer[source, :, : self.num_columns]
+            shown = buffer[:, :, : self.num_columns]
+            shown.index_copy_(0, target, shown.index_select(0, source))
 
 
 class Decoding:
@@ -159,7 +160,7 @@ class Decoding:
             source, target = (torch.tensor(places, device=self.tokens.device) for places in (behind, gaps))
             self.cache.copy_rows(source, target)
             for buffer in (self.seen, self.uniform, self.last, self.chosen):
-                buffer[target] = buffer[source]
+                buffer.index_copy_(0, target, buffer.index_select(0, source))
         moved = dict(zip(behind, gaps, strict=True))
         return [moved.get(slot, slot) for slot in slots]
 
