@@ -10,12 +10,13 @@ the ratio needs in the very arithmetic of training; a sampler's differ in their 
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from data.errors import UserError
 from stages import sft
+from training.guards import halving
 from training.options import option
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ SMALLEST_SPREAD = 1e-4  # what --advantage group_std adds to the standard deviat
 class Flags:
     reward: str | None = option(None, "what judges an answer: a rule (countdown, text, box_iou, ..), a reward model's folder, "
                                 "MODEL@URL of a server, or module:function of yours", shown="NAME")
+    requests_per_minute: float = option(0.0, "to a reward's server at most; 0: as many as it takes", steers=False)
     num_samples: int = option(8, "answers to each prompt, of max_new_tokens at most: CS224R's 8; TRL takes 2", low=2)
     temperature: float = option(1.0, "of sampling and of every log-probability: TRL's and CS224R's 1", low=0.01)
     advantage: str = option("loo", "of an answer: reward less the mean of the prompt's other answers (loo), less the mean of "
@@ -89,11 +91,12 @@ class Stage(sft.Stage):
 
         super().__init__(flags, model, max_length)
         self.flags, self.num_answers = flags, flags.num_samples
-        self.judge = find_reward(flags.reward)
+        self.judge = find_reward(flags.reward, requests_per_minute=flags.requests_per_minute)
+        self.held_bytes = {"reward model": getattr(self.judge, "num_bytes", 0)}
         self.reference = reference_of(model) if flags.kl_beta else None
         if flags.kl_beta and self.reference is None:  # the weights themselves are trained: a second set of them is held
             self.reference = reference_of(model, copy=True)
-            self.held_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+            self.held_bytes["reference weights"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
     @property
     def task(self) -> "Task":
@@ -108,8 +111,12 @@ class Stage(sft.Stage):
         return Question(prompt, record)
 
     def prepare(self, run: Any) -> None:
-        """A resumed run must sample answers as long as before."""
+        """A resumed run must sample answers as long as before, and be told what a server has said of them before."""
+        from eval.judges import ServedReward
+
         run.identity["max_new_tokens"] = run.config.max_new_tokens
+        if isinstance(self.judge, ServedReward):
+            self.judge.server.keep_in(run.folder)
 
     def sequences(self, row: "Question | Example") -> list["Example"]:
         return [getattr(row, "prompt", row)]
@@ -126,26 +133,24 @@ class Stage(sft.Stage):
             return [[]]
         started = time.perf_counter()
         replies, examples = self.sample(run, questions)
-        scores = self.rewards(replies)
+        found = self.rewards(replies)
         sampled = time.perf_counter()
-        logprobs, entropies, references = halving(run.state, "micro_tokens", lambda: self.score(run, examples))
-        kl = [ours - theirs for ours, theirs in zip(logprobs, references, strict=True)]
-        rewards = [values["score"] - self.flags.missing_eos_penalty * (not reply.stopped)
-                   for values, reply in zip(scores, replies, strict=True)]  # fmt: skip
-        found = shaped_advantages(rewards, kl, self.flags)
-        shared = set.intersection(*map(set, scores)) - {"score"}
-        spreads = spread_by_prompt(rewards, self.flags.num_samples)
-        scored = time.perf_counter()
-        for number, (example, reply) in enumerate(zip(examples, replies, strict=True)):
-            masked = self.flags.mask_truncated_completions and not reply.stopped
-            example.values = {
-                "advantage": 0.0 if masked else found[number], "old_logprob": logprobs[number], "reward": rewards[number],
-                "reward_spread": spreads[number], "no_signal": float(spreads[number] == 0),
-                "entropy": entropies[number] / example.num_supervised, "answer_tokens": float(example.num_supervised),
-                "stop_rate": float(reply.stopped), "sampling_seconds": sampled - started, "scoring_seconds": scored - sampled,
-            }  # fmt: skip
-            example.values |= {"kl": kl[number]} if self.reference else {}
-            example.values |= {f"reward_{name}": float(scores[number][name]) for name in sorted(shared)}
+        logprob, entropy, reference = halving(run.state, "micro_tokens", lambda: self.score(run, examples))  # (N,) each
+        seconds = {"sampling_seconds": sampled - started, "scoring_seconds": time.perf_counter() - sampled}
+        scores = {name: column(one[name] for one in found) for name in sorted(set.intersection(*map(set, found)))}
+        stopped, num_tokens = column(r.stopped for r in replies), column(e.num_supervised for e in examples)
+        reward = scores.pop("score") - self.flags.missing_eos_penalty * (1 - stopped)
+        kl = logprob - reference
+        advantage = shaped_advantages(reward, kl, self.flags)
+        if self.flags.mask_truncated_completions:
+            advantage = advantage * stopped
+        spread = spread_by_prompt(reward, self.num_answers)
+        values = {
+            "advantage": advantage, "old_logprob": logprob, "reward": reward, "reward_spread": spread, "no_signal": spread == 0,
+            "entropy": entropy / num_tokens, "answer_tokens": num_tokens, "stop_rate": stopped,
+        } | ({"kl": kl} if self.reference else {}) | {f"reward_{name}": score for name, score in scores.items()}  # fmt: skip
+        for number, example in enumerate(examples):
+            example.values = {name: float(of_all[number]) for name, of_all in values.items()} | seconds
         if run.journal is not None:
             self.write_samples(run, replies, examples)
         return [examples] * self.flags.num_iterations
@@ -194,8 +199,8 @@ class Stage(sft.Stage):
                 raise UserError(f"{reply.where}: --reward {self.flags.reward} gives a score of {values['score']}")
         return found
 
-    def score(self, run: Any, examples: list["Example"]) -> tuple[list[float], list[float], list[float]]:
-        """log p, entropy (a sum over the tokens) and the reference's log p of each answer, in training's packed rows."""
+    def score(self, run: Any, examples: list["Example"]) -> "torch.Tensor":
+        """log p, entropy (a sum over the tokens) and the reference's log p of N answers, in training's packed rows: (3, N)."""
         import torch
 
         from data.batches import group, pack_row
@@ -212,7 +217,7 @@ class Stage(sft.Stage):
                 if self.reference:
                     with self.reference():
                         found[rows, 2] = sequence_logprobs(run.model, packed, self.flags.temperature).cpu().double()
-        return tuple(found.T.tolist())
+        return found.T
 
     def logprobs_and_entropies(self, model: "Model", packed: "Packed") -> "torch.Tensor":
         """log p of each example's answer and the sum of its tokens' entropies, at the sampling temperature: (S, 2)."""
@@ -255,20 +260,11 @@ class Stage(sft.Stage):
         return -gain.sum() / total, figures | {"clipped": ((ratio.detach() - 1).abs() > reach).sum() / total}
 
 
-def halving(state: Any, name: str, work: Callable[[], Any]) -> Any:
-    """work(), again with half as many positions at once (state.name) as often as the memory does not do."""
-    from training.guards import is_out_of_memory
+def column(numbers: Iterable[float]) -> "torch.Tensor":
+    """One number of each of the N answers: (N,) float64."""
+    import torch
 
-    while True:
-        try:
-            return work()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        if getattr(state, name) < 2:
-            raise UserError("out of memory with the answers to one prompt; lower --num_samples or --max_new_tokens")
-        setattr(state, name, getattr(state, name) // 2)
-        print(f"out of memory: answers are sampled and scored again with {name} {getattr(state, name)}")
+    return torch.tensor([float(number) for number in numbers], dtype=torch.float64)
 
 
 def advantages(rewards: "torch.Tensor", kind: str) -> "torch.Tensor":
@@ -283,19 +279,16 @@ def advantages(rewards: "torch.Tensor", kind: str) -> "torch.Tensor":
     return away if kind == "group" else away / (rewards.std(1, keepdim=True) + SMALLEST_SPREAD)
 
 
-def shaped_advantages(rewards: list[float], kl: list[float], flags: Flags) -> list[float]:
+def shaped_advantages(reward: "torch.Tensor", kl: "torch.Tensor", flags: Flags) -> "torch.Tensor":
     """The advantage of each answer from its reward and its log p - log reference, an estimate of KL(p || reference) that
-    may be negative (k1); a prompt's answers stand side by side."""
-    import torch
-
-    reward, cost = (torch.tensor(x, dtype=torch.float64).reshape(-1, flags.num_samples) for x in (rewards, kl))
-    cost = flags.kl_beta * cost
+    may be negative (k1): (N,), (N,) -> (N,); a prompt's answers stand side by side."""
+    reward, cost = (x.reshape(-1, flags.num_samples) for x in (reward, flags.kl_beta * kl))
     if flags.kl_placement == "reward":
-        return advantages(reward - cost, flags.advantage).flatten().tolist()
-    return (advantages(reward, flags.advantage) - cost).flatten().tolist()
+        return advantages(reward - cost, flags.advantage).flatten()
+    return (advantages(reward, flags.advantage) - cost).flatten()
 
 
-def spread_by_prompt(rewards: list[float], num_samples: int) -> list[float]:
-    """For each answer the largest less the smallest reward of its prompt's answers; 0: the prompt teaches nothing."""
-    groups = [rewards[start : start + num_samples] for start in range(0, len(rewards), num_samples)]
-    return [max(group) - min(group) for group in groups for _ in group]
+def spread_by_prompt(reward: "torch.Tensor", num_samples: int) -> "torch.Tensor":
+    """For each answer the largest less the smallest reward of its prompt's answers, (N,); 0: the prompt teaches nothing."""
+    groups = reward.reshape(-1, num_samples)  # (P, k)
+    return (groups.amax(1) - groups.amin(1)).repeat_interleave(num_samples)
