@@ -2,9 +2,9 @@
 
 Prompts are padded on the left, so that all answers write the same column of the KV cache. It is allocated once a batch, and
 attention is shown its first rows and columns: a block of columns more when those are full (an answer that ends early never
-reads the room of a long one), fewer rows when answers have ended, so nothing is copied but rows into gaps. On a card
-a step is some 500 launches, at small batches little else; there it is recorded once for each number of rows and columns as
-a CUDA graph, which is one launch, and the rows halve instead of leaving one by one. A recording reads and writes the same
+reads the room of a long one), fewer rows when answers have ended; nothing is copied but rows into gaps. On a card a step is
+hundreds of launches, at small batches little else; there it is recorded once for each number of rows and columns as a CUDA
+graph, which is one launch, and rows are halved instead of leaving one by one. A recording reads and writes the same
 addresses for ever: what changes from step to step is in a buffer of Decoding. On the CPU the same function is called plainly.
 """
 
