@@ -17,7 +17,7 @@ import torch
 from data.batches import hash_seed
 from data.labels import Example
 from eval.decoding import Decoding, decode
-from model.family import Model
+from model.family import Family, Model
 
 
 @dataclass
@@ -65,12 +65,17 @@ def generate(
             uniform = draw_uniform(rows, max_new_tokens, seed).to(model.device)
             ids, logprobs = decode(Decoding(model, [prompts[i] for i in numbers], uniform, pick), stops)
             for row, chosen, values in zip(rows, ids, logprobs, strict=True):
-                stopped = chosen[-1] in stops
-                text = model.family.tokenizer.decode(
-                    chosen[:-1] if stopped else chosen, skip_special_tokens=False, clean_up_tokenization_spaces=False
-                )
-                answers[row] = Answer(chosen, model.family.answer_text(text), stopped, values)
+                answers[row] = make_answer(model.family, chosen, values, stops)
     return answers
+
+
+def make_answer(family: Family, ids: list[int], logprobs: list[float], stops: list[int]) -> Answer:
+    """The Answer of what was chosen until a stop id, or until there was no more room."""
+    stopped = ids[-1] in stops
+    text = family.tokenizer.decode(
+        ids[:-1] if stopped else ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return Answer(ids, family.answer_text(text), stopped, logprobs)
 
 
 @contextmanager

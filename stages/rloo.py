@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from eval.generate import Answer
     from eval.metrics import Reply
     from eval.tasks import Task
+    from eval.vllm_backend import Engine
     from model.family import Model
 
 NOT_SHOWN = ("advantage", "old_logprob")  # values of an answer that are no figures of the step
@@ -54,6 +55,8 @@ class Flags:
     mask_truncated_completions: bool = option(False, "no loss for answers that max_new_tokens cut off; their rewards stay in "
                                               "the baseline")
     missing_eos_penalty: float = option(0.0, "reward that an answer cut off by max_new_tokens loses")
+    rollout_backend: str = option("own", "what samples: eval/generate.py, or vllm, which is to be installed beside this",
+                                  words="own vllm")
 
     # CS224R's constant rate. Without dropout the first ratio of policy and sampler is 1; evaluation is by answers.
     defaults = {"lora_dropout": 0.0, "lr_schedule": "constant", "predict_with_generate": True}
@@ -97,6 +100,12 @@ class Stage(sft.Stage):
         if flags.kl_beta and self.reference is None:  # the weights themselves are trained: a second set of them is held
             self.reference = reference_of(model, copy=True)
             self.held_bytes["reference weights"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        self.engine = None  # vLLM's, started when it is first asked
+        if flags.rollout_backend == "vllm":
+            from eval import vllm_backend
+
+            vllm_backend.check(model)
+            self.held_bytes["vLLM and its weights"] = vllm_backend.held_bytes(model)
 
     @property
     def task(self) -> "Task":
@@ -148,6 +157,7 @@ class Stage(sft.Stage):
         values = {
             "advantage": advantage, "old_logprob": logprob, "reward": reward, "reward_spread": spread, "no_signal": spread == 0,
             "entropy": entropy / num_tokens, "answer_tokens": num_tokens, "stop_rate": stopped,
+            "sampler_kl": column(e.values["sampler_logprob"] for e in examples) - logprob,
         } | ({"kl": kl} if self.reference else {}) | {f"reward_{name}": score for name, score in scores.items()}  # fmt: skip
         for number, example in enumerate(examples):
             example.values = {name: float(of_all[number]) for name, of_all in values.items()} | seconds
@@ -170,11 +180,19 @@ class Stage(sft.Stage):
     def answer(self, run: Any, prompts: list["Example"], seed: int) -> list["Answer"]:
         from eval.generate import generate
 
+        settings = {"temperature": self.flags.temperature, "num_samples": self.num_answers, "seed": seed}
+        if self.flags.rollout_backend == "vllm":
+            return self.start_engine(run).generate(prompts, run.config.max_new_tokens, **settings)
         with run.precision.autocast():
-            return generate(
-                run.model, prompts, run.config.max_new_tokens, temperature=self.flags.temperature,
-                num_samples=self.num_answers, seed=seed, batch_tokens=run.state.cache_tokens,
-            )
+            return generate(run.model, prompts, run.config.max_new_tokens, **settings, batch_tokens=run.state.cache_tokens)
+
+    def start_engine(self, run: Any) -> "Engine":
+        from eval.vllm_backend import Engine
+
+        if self.engine is None:
+            tokens = run.state.cache_tokens
+            self.engine = Engine(run.model, run.adapter_settings, run.precision.compute, tokens, tokens // self.num_answers)
+        return self.engine
 
     def join(self, question: Question, answer: "Answer") -> "Example":
         """Prompt and answer as an Example whose supervised tokens are the answer's, the stop token included."""
@@ -183,7 +201,7 @@ class Stage(sft.Stage):
         prompt = question.prompt
         ids, labels = prompt.input_ids.tolist() + answer.ids, [NO_LOSS] * len(prompt) + answer.ids
         example = self.family.example(ids, labels, prompt.pixels)
-        example.id, example.where = prompt.id, prompt.where
+        example.id, example.where, example.values = prompt.id, prompt.where, {"sampler_logprob": sum(answer.logprobs)}
         return example
 
     def rewards(self, replies: list["Reply"]) -> list[dict[str, float]]:
