@@ -147,6 +147,7 @@ def choose(
         left = drop_below(left, min_p * left.amax(-1, keepdim=True))
     cumulative = left.double().cumsum(-1)
     tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)  # (B, 1)
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # it is V where a logit is NaN, as the log-probability then tells
     return tokens[:, 0], every.gather(-1, tokens)[:, 0]
 
 
