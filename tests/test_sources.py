@@ -141,17 +141,23 @@ def test_parquet_is_read_by_row_groups(tmp_path, monkeypatch):
 
     rows = [chat(f"answer {n} " + "x" * 200, id=n) for n in range(100)]
     path = write_parquet(tmp_path / "rows.parquet", rows, row_group_size=7)
-    records = open_records(path)
-    for limit in (2**28, 1):
+    records, groups = open_records(path), []
+    parquet = pytest.importorskip("pyarrow.parquet")
+    read = parquet.ParquetFile.read_row_group
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", lambda self, n, **how: groups.append(n) or read(self, n, **how))
+    for limit, again in (2**28, 6), (3 * 7 * 300, 8), (1, 10):  # room for all groups, for three of them, for the one in use
         monkeypatch.setattr(tables, "HELD_BYTES", limit)
-        assert [records[n].id for n in (99, 0, 13, 14, 7, 6)] == ["99", "0", "13", "14", "7", "6"]
+        groups.clear()
+        tables._held.clear()
+        assert [records[n].id for n in (99, 0, 98, 1, 97, 30, 50, 70, 99, 0)] == "99 0 98 1 97 30 50 70 99 0".split()
+        assert len(groups) == again, groups
     assert len(tables._held) == 1
     assert sorted(tmp_path.iterdir()) == [path]
 
 
 def test_a_large_row_group_is_read_through_an_arrow_file(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr("data.tables.HELD_BYTES", 10)
+    monkeypatch.setattr("data.tables.GROUP_BYTES", 10)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [chat(f"{n}", id=f"r{n}") for n in range(70)]
     path = write_parquet(tmp_path / "rows.parquet", rows)
