@@ -213,6 +213,35 @@ def test_a_folder_is_its_files_by_name(tmp_path, picture):
         open_records(tmp_path)
 
 
+def test_a_folder_is_laid_out_as_on_the_hub_and_splits_are_never_mixed(tmp_path, capsys):
+    for name in ("data/train-00000-of-00002", "data/train-00001-of-00002", "data/test-00000-of-00001", "more/latest", "dev/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_parquet(tmp_path / f"{name}.parquet", [chat(name)])
+    for name in ("manifest.json", ".cache/x.json", "dataset_info.json", "bad_rows.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"no": "row"}')
+
+    def read(text):
+        records = open_records(text)
+        return [record.messages[-1]["content"] for record in records], capsys.readouterr().err
+
+    rows, said = read(tmp_path)
+    assert rows == ["data/train-00000-of-00002", "data/train-00001-of-00002", "more/latest"]
+    assert "is read as 3 files, data/train-00000-of-00002.parquet to more/latest.parquet; passed over 1 of " in said
+    assert "1 of test (data/test-00000-of-00001.parquet)" in said and "1 of validation (dev/a.parquet)" in said
+    assert read(f"{tmp_path}:test*2")[0] == ["data/test-00000-of-00001"] and read(f"{tmp_path}:val")[0] == ["dev/a"]
+    assert read(tmp_path / "dev")[0] == ["dev/a"]  # the folder itself was named
+    for path in (tmp_path / "data").glob("train*"):
+        path.unlink()
+    assert read(tmp_path)[0] == ["more/latest"]
+    (tmp_path / "more" / "latest.parquet").unlink()
+    with pytest.raises(UserError, match="held-out splits alone, 1 of test, 1 of validation; name one, such as .*:test"):
+        read(tmp_path)
+    with pytest.raises(UserError, match="no file of train, only 1 of test, 1 of validation"):
+        read(f"{tmp_path}:train")
+    assert read(tmp_path / "data")[0] == ["data/test-00000-of-00001"]
+
+
 def test_files_of_one_name_are_told_apart(tmp_path):
     for folder in "xy":
         (tmp_path / folder).mkdir()
