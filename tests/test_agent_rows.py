@@ -238,7 +238,7 @@ def test_raw_mind2web_tasks_are_sent_to_the_set_with_screens(tmp_path):
     task = {"annotation_id": "a", "website": "aa", "domain": "Travel", "subdomain": "Airlines", "confirmed_task": "Book",
             "action_reprs": ["[a] Book -> CLICK"], "actions": [action]}  # fmt: skip
     (tmp_path / "train_0.json").write_text(json.dumps([task, task]))
-    with pytest.raises(UserError, match="2 of 2 rows: train_0.json:1 a raw Mind2Web task .*python -m data download mind2web"):
+    with pytest.raises(UserError, match="2 of 2 rows: train_0.json:1 a raw Mind2Web task: .*python -m data download mind2web"):
         open_records(tmp_path / "train_0.json")
 
 
