@@ -132,6 +132,8 @@ def show_rows(flags: argparse.Namespace) -> None:
     from training.show import CSS, choose_rows, encode_row, page_sections
 
     family, records = open_family_and_rows(config, takes)
+    if not len(records):
+        records.refuse()
     chosen = [records[index] for index in choose_rows(records, measure_rows(records, config, family), flags.rows)]
     rows = [(record, encode_row(family, record)) for record in chosen]
     print(explain_rows([example for _, examples in rows for example in examples], family.tokenizer, 4000 * len(rows)))

@@ -101,8 +101,8 @@ def find_dialect(row: dict, notes: Counter) -> Dialect:
     """The dialect of a row. Raises Problem for none; of several the others are noted, unless they ask for less of the same."""
     found, *others = [entry for entry in DIALECTS if entry.recognises(row)] or [None]
     if found is None:
-        raise Problem("no dialect has these keys", f"{short(sorted(row))}; known are "
-                      + ", ".join(entry.name for entry in reversed(DIALECTS)))
+        raise Problem("no dialect has these keys", f"{short(sorted(row))}; --prompt_template, --response_template and "
+                      "--image_column say which is what; known are " + ", ".join(entry.name for entry in reversed(DIALECTS)))
     asked = getattr(found.recognises, "keys", frozenset())
     for other in others:
         if not getattr(other.recognises, "keys", frozenset()) <= asked:

@@ -128,13 +128,16 @@ class Document(Source):
 
 
 class Sheet(Source):
-    """A csv file with names in its first row; the number is that of the line a row begins on. A cell is text, or the JSON
-    list or object that it holds; an empty cell is none."""
+    """A csv file with names in its first row, which shows what separates cells: commas, else semicolons, else tabs. The number
+    is that of the line a row begins on. A cell is text, or the JSON list or object that it holds; an empty cell is none."""
 
     def __init__(self, path: Path):
         super().__init__(path)
         csv.field_size_limit(MAX_ROW_BYTES)
-        self.columns = next((_cells(raw) for _, _, _, raw in self._split()), [])
+        with open(path, "rb") as file:
+            names = file.readline(MAX_ROW_BYTES)
+        self.separator = "," if b"," in names else next((mark for mark in ";\t" if mark.encode() in names), ",")
+        self.columns = next((self._cells(raw) for _, _, _, raw in self._split()), [])
 
     def pieces(self) -> Iterator[Piece]:
         rows = self._split()
@@ -146,7 +149,7 @@ class Sheet(Source):
         taken: list[bytes] = []  # the lines that the reader asked for until it had a row
         with open(self.path, "rb") as file:
             lines = (taken.append(line) or line.decode("utf-8-sig", "surrogateescape") for line in file)
-            reader, number, offset, cells = csv.reader(lines, strict=True), 1, 0, []
+            reader, number, offset, cells = csv.reader(lines, delimiter=self.separator, strict=True), 1, 0, []
             while cells is not None:
                 try:
                     cells = next(reader, None)
@@ -159,19 +162,19 @@ class Sheet(Source):
                 taken.clear()
 
     def parse(self, raw: object) -> object:
-        cells = _cells(raw)
+        cells = self._cells(raw)
         if len(cells) != len(self.columns):
             raise Problem("the row has another number of cells than the first", f"{len(cells)}, not {len(self.columns)}")
         return {name: _cell(name, text) for name, text in zip(self.columns, cells, strict=True) if text}
 
-
-def _cells(raw: bytes) -> list[str]:
-    try:
-        return next(csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), strict=True), [])
-    except UnicodeError as error:
-        raise Problem("not valid UTF-8", error.reason) from None
-    except csv.Error as error:
-        raise Problem("not valid CSV", str(error)) from None
+    def _cells(self, raw: bytes) -> list[str]:
+        try:
+            lines = io.StringIO(raw.decode("utf-8-sig"), newline="")
+            return next(csv.reader(lines, delimiter=self.separator, strict=True), [])
+        except UnicodeError as error:
+            raise Problem("not valid UTF-8", f"{error.reason}; save the file as UTF-8") from None
+        except csv.Error as error:
+            raise Problem("not valid CSV", str(error)) from None
 
 
 def _cell(name: str, text: str) -> object:
@@ -238,8 +241,10 @@ def find_files(folder: str | os.PathLike, split: str = "") -> list[Path]:
         raise UserError(f"the folder {folder} holds files of held-out splits alone, {kinds}; name one, such as {folder}:test")
     paths = sorted(path for name in wanted for path in by_split.get(name, []))
     if not paths:
+        there = sorted(path.name for path in Path(folder).rglob("[!.]*") if path.is_file())[:3]
         missing = f"of {split}, only {kinds}" if kinds else f"that ends in {', '.join(FORMATS)}"
-        raise UserError(f"the folder {folder} holds no file {missing}; give one with rows")
+        raise UserError(f"the folder {folder} holds no file {missing}" + f" (there are {', '.join(there)})" * bool(there)
+                        + "; give one with rows")  # fmt: skip
     others = [(name, found) for name, found in by_split.items() if name not in wanted]
     passed = [f"{len(found)} of {name or 'no split'} ({found[0]})" for name, found in others]
     span = paths[0] if len(paths) == 1 else f"{len(paths)} files, {paths[0]} to {paths[-1]}"

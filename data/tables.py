@@ -146,5 +146,5 @@ def plain(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         if math.isnan(value):  # how pandas writes an empty cell
             return None
-        raise Problem("a number is NaN or infinite", str(value))
+        raise Problem("a number is infinite", str(value))
     return value if isinstance(value, str | int | float | bytes | None) else str(value)

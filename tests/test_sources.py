@@ -136,6 +136,14 @@ def test_csv_numbers_lines_and_keeps_text_as_text(tmp_path):
     assert [turn["content"] for turn in records[1].messages] == ['a "b"', "[1]"] and records[1].id == "rows.csv:5"
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_csv_with_another_separator(tmp_path, mark):
+    path = tmp_path / "rows.csv"
+    path.write_text(f'prompt{mark}completion\n"a{mark}, b"{mark}c, d\n', encoding="utf-8-sig")
+    (record,) = open_records(path)
+    assert [turn["content"] for turn in record.messages] == [f"a{mark}, b", "c, d"] and record.where == "rows.csv:2"
+
+
 def test_parquet_is_read_by_row_groups(tmp_path, monkeypatch):
     from data import tables
 
@@ -301,11 +309,13 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch, picture):
 
 @pytest.mark.parametrize("text, words", [
     ("{}/none.jsonl", "no file"), ("{}/none", "no file or folder"), ("{}/rows.jsonl*0", "weight of 0"),
-    ("{}/rows.jsonl,{}/x.json*2", "x.json"), ("{}/empty", "holds no file that ends in .json"), ("{}/rows.jsonl,", "no file"),
+    ("{}/rows.jsonl,{}/x.json*2", "x.json"), ("{}/rows.jsonl,", "no file"),
+    ("{}/empty", "no file that ends in .json.*there are x.jsonl.gz"),
 ])  # fmt: skip
 def test_what_is_not_there(tmp_path, text, words):
     write_jsonl(tmp_path / "rows.jsonl", [chat("a")])
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x.jsonl.gz").touch()
     with pytest.raises(UserError, match=words):
         open_records(text.replace("{}", str(tmp_path)))
 

@@ -203,6 +203,16 @@ def write_query_completion(draw):
     return {"query": query, "completion": answer["content"]}, [answer]
 
 
+def write_alpaca(draw):
+    row, [answer] = write_query_completion(draw)
+    return {"instruction": row["query"], "input": draw.text(), "output": answer["content"]}, [answer]
+
+
+def write_dolly(draw):
+    row, [answer] = write_query_completion(draw)
+    return {"instruction": row["query"], "context": "", "response": answer["content"], "category": "open"}, [answer]
+
+
 def write_chat_text(draw):
     if draw.family.image_token_id is None:
         return None
@@ -278,6 +288,7 @@ def write_table(draw):
 WRITERS = {
     "messages": write_messages, "messages with tools": write_tool_turns, "GUICourse": write_guicourse,
     "CogAgent": write_cogagent, "prompt/completion": write_prompt_completion, "query/completion": write_query_completion,
+    "instruction/output": write_alpaca, "instruction/response": write_dolly,
     "text + screenshot": write_chat_text, "Phi-3 cookbook": write_cookbook, "chosen/rejected": write_preference,
     "query + response_ws/response_ls": write_pair, "target/nums": write_countdown,
     "prompt/ground_truth": write_ground_truth, "WebVoyager": write_webvoyager, "Mind2Web": write_mind2web,
