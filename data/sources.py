@@ -243,8 +243,9 @@ def find_files(folder: str | os.PathLike, split: str = "") -> list[Path]:
     if not paths:
         there = sorted(path.name for path in Path(folder).rglob("[!.]*") if path.is_file())[:3]
         missing = f"of {split}, only {kinds}" if kinds else f"that ends in {', '.join(FORMATS)}"
+        saved = ", or write what save_to_disk wrote with to_parquet" if (Path(folder) / "state.json").exists() else ""
         raise UserError(f"the folder {folder} holds no file {missing}" + f" (there are {', '.join(there)})" * bool(there)
-                        + "; give one with rows")  # fmt: skip
+                        + f"; give one with rows{saved}")  # fmt: skip
     others = [(name, found) for name, found in by_split.items() if name not in wanted]
     passed = [f"{len(found)} of {name or 'no split'} ({found[0]})" for name, found in others]
     span = paths[0] if len(paths) == 1 else f"{len(paths)} files, {paths[0]} to {paths[-1]}"

@@ -179,6 +179,7 @@ BAD = {  # what the sentence says: the row
     "not a path": picture_row("a\0.png"),
     "text without chat markup": {"text": "Question and answer", "screenshot": "a.png"},
     "no dialect has these keys": {"instruction": "x"},
+    "['rows', 'version']; if the rows are in its 'rows', save that list alone": {"version": 1, "rows": [{"messages": CHAT}]},
     "not readable as messages": {"messages": None},
     "a row is not an object": [1],
     "a number is infinite": {"messages": CHAT, "score": float("inf")},
