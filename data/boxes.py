@@ -103,7 +103,7 @@ def coordinates(node: object, named: bool = False) -> Iterator[tuple[Any, tuple]
 
 
 def is_number(value: object) -> bool:
-    return type(value) in (int, float)
+    return type(value) in (int, float) and abs(value) < 10**MOST_DIGITS
 
 
 def corners(owner: Any, keys: tuple) -> list[float]:
