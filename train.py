@@ -57,9 +57,8 @@ class Run:
         from data.sources import sha256_of
         from eval.examiner import check_names
         from lora import adapter, files
-        from model import load_model
+        from model import load_model, options_of
         from model.checkpointing import checkpoint_blocks
-        from model.family import Options
         from training import memory, optim, precision, rehearsal
         from training.state import State, seed_random
 
@@ -81,8 +80,7 @@ class Run:
         storage = kinds.frozen if config.use_lora else kinds.full_8bit if "8bit" in config.optim else kinds.full
         if config.image_cache:
             Path(config.image_cache).mkdir(parents=True, exist_ok=True)
-        options = Options(config.max_pixels, config.tool_template, config.labels, config.image_cache, config.box_format)
-        self.model, self.family = load_model(config.base_model, quant, storage, self.device, options)
+        self.model, self.family = load_model(config.base_model, quant, storage, self.device, options_of(vars(config)))
         self.adapter_settings = adapter.Settings.from_config(config)
         self.trainable = adapter.attach(self.model, self.family, self.adapter_settings)
         if config.adapter:

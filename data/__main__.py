@@ -1,7 +1,7 @@
 """`python -m data`: rows checked, shown, fetched, converted, made.
 
-    python -m data check --base_model DIR --data_path ROWS --output_dir DIR    every row and picture, before a run
-    python -m data show --base_model DIR --data_path ROWS --output_dir DIR     some rows as the model gets them
+    python -m data check --base_model DIR --data_path ROWS   every row and picture, before a run; flags and YAML of train.py
+    python -m data show --base_model DIR --data_path ROWS    some rows as the model gets them; the same
     python -m data download NAME                                       a data set of the recipes, into data/raw/NAME
     python -m data convert guicourse --input_dir DIR --output_dir DIR  GUICourse's published files as rows
     python -m data make countdown --num N --output_dir DIR             Countdown problems with exact answers
@@ -27,8 +27,8 @@ from data import convert, download, make
 from data.errors import UserError, command
 from eval import preferences
 from stages import list_stages
-from training.config import Config, fields_of, settle
-from training.options import Parser, add_flag
+from training.config import Config, add_settings, settle_all
+from training.options import Parser
 
 
 @dataclass
@@ -63,7 +63,7 @@ def main() -> int | None:
         ("demo", "write rows of the built-in task, and its held-out rows", add_demo_flags, make_demo_rows),
         ("demo_base", "make the built-in task's base again, from random weights", add_base_flags, make_base),
     ):
-        door = doors.add_parser(name, help=text, description=text)
+        door = doors.add_parser(name, help=text, description=text, allow_abbrev=False)
         add_flags(door)
         if run:
             door.set_defaults(run=run)
@@ -85,96 +85,90 @@ def add_made(parser: argparse.ArgumentParser) -> None:
 
 # ---- checking and showing ---------------------------------------------------------------------------------------------
 
-ROW_FLAGS = (  # as in train.py
-    "base_model", "data_path", "output_dir", "stage", "max_pixels", "box_format", "labels", "tool_template", "image_root",
-    "allow_outside_images", "prompt_template", "response_template", "image_column",
-)  # fmt: skip
-OTHERWISE = {
-    "stage": "take the rows of this stage alone; default: rows of every kind",
-    "max_length": "positions of one example at most, pictures included (default auto: any number)",
-    "num_workers": "processes that look at rows and decode pictures (default 2)",
-}
-
-
-def add_row_flags(parser: Parser, output: str, *more: str) -> None:
-    """Settings of train.py that decide what rows become, and `more` of them; output: what goes to --output_dir."""
-    parser.set_defaults(said=[])
-    for name in (*ROW_FLAGS, *more):
-        flag = add_flag(parser, name, fields_of(Config)[name])
-        flag.help = output if name == "output_dir" else OTHERWISE.get(name, flag.help)
+SHOWN = {  # of train.py's settings, by --help; "": as there
+    "base_model": "", "data_path": "", "output_dir": "what is written goes here (default: check/ in the output_dir of the run)",
+    "stage": "take the rows of this stage alone; default: rows of every kind", "config": "", "max_pixels": "",
+    "max_length": "positions of one example at most, pictures included (default auto: any number)", "max_text_length": "",
+    "num_workers": "processes that look at rows and decode pictures (default 2)", "box_format": "", "labels": "",
+    "tool_template": "", "image_root": "", "allow_outside_images": "", "prompt_template": "", "response_template": "",
+    "image_column": "", "on_bad_row": "",
+}  # fmt: skip
 
 
 def add_check_flags(parser: Parser) -> None:
-    add_row_flags(parser, "bad_rows.jsonl and summary.json go here", "max_length", "max_text_length", "num_workers")
+    """All settings of train.py, so that its own command line can be given; --help shows those that rows depend on."""
+    parser.set_defaults(said=[])
+    parser.epilog = "Every other flag of train.py is taken too, and changes nothing here."
+    for name, flag in add_settings(parser, stage_flags()).items():
+        flag.help = SHOWN.get(name, argparse.SUPPRESS) or flag.help
 
 
 def check_rows(flags: argparse.Namespace) -> int:
     """Look at all rows and say what they are; returns 1 if there is a problem with one, else 0."""
-    config, takes = read_settings(flags, "python -m data check")
+    config, takes, folder = read_settings(flags)
     from data.check import check
     from data.check_page import page
 
     config.on_bad_row = "skip"
     family, records = open_family_and_rows(config, takes, keep_index=False)
-    limit, folder = None if config.max_length == "auto" else config.max_length, Path(config.output_dir)
+    limit = None if config.max_length == "auto" else config.max_length
     survey = check(records, family, folder, limit, config.max_text_length, config.num_workers)
     print(page(survey, shutil.get_terminal_size((160, 40)).columns, folder / "bad_rows.jsonl"))
     return 1 if survey.bad else 0
 
 
 def add_show_flags(parser: Parser) -> None:
-    add_row_flags(parser, "show.html goes here", "on_bad_row")
+    add_check_flags(parser)
     parser.add_argument("--rows", default="3", metavar="N|NAMES", help="how many, from the longest to the shortest, or which: "
                         "their ids, or places such as rows.jsonl:17, commas between (default 3)")  # fmt: skip
 
 
 def show_rows(flags: argparse.Namespace) -> None:
     """Print rows with their tokens marked, and write the page. Raises UserError for what cannot be opened or encoded."""
-    config, takes = read_settings(flags, "python -m data show")
+    config, takes, folder = read_settings(flags)
     from data.explain import explain_rows
     from data.rows import measure_rows
     from training.page import write_page
     from training.show import CSS, choose_rows, encode_row, page_sections
 
     family, records = open_family_and_rows(config, takes)
+    if not len(records):
+        records.refuse()
     chosen = [records[index] for index in choose_rows(records, measure_rows(records, config, family), flags.rows)]
     rows = [(record, encode_row(family, record)) for record in chosen]
     print(explain_rows([example for _, examples in rows for example in examples], family.tokenizer, 4000 * len(rows)))
-    path = Path(config.output_dir) / "show.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "show.html"
     write_page(path, "Rows as the model gets them", page_sections(family, rows), CSS)
     print(f"page {path}")
 
 
-def read_settings(flags: argparse.Namespace, program: str) -> tuple[Config, Collection[str]]:
-    """The settings among the flags, and the kinds of row that are taken. UserError where one that is needed is missing."""
+def stage_flags() -> dict[str, type]:
+    return {name: module.Flags for name, module in list_stages().items()}
+
+
+def read_settings(flags: argparse.Namespace) -> tuple[Config, Collection[str], Path]:
+    """The settings as train.py would have them, the kinds of row that are taken, and the folder to write into."""
     from data.records import KINDS
 
-    stages = list_stages()
-    said = settle(flags.said, "sft", {name: module.Flags for name, module in stages.items()})
-    config = Config(**{name: value.value for name, value in said.items()})
-    for name in ("base_model", "data_path", "output_dir"):
-        if getattr(config, name) is None:
-            raise UserError(f"--{name} is missing; {program} --base_model DIR --data_path ROWS --output_dir DIR")
-    if config.stage not in stages:
-        raise UserError(f"--stage {config.stage}: no such stage; the stages are {', '.join(stages)}")
-    return config, stages[config.stage].Stage.takes if "stage" in said else KINDS
+    config, said = settle_all(flags.said, stage_flags())
+    if config.demo and config.data_path is None:
+        raise UserError("--demo draws its rows when a run begins; python -m data demo writes some to look at")
+    takes = list_stages()[config.stage].Stage.takes if "stage" in said else KINDS
+    given = any(flag.key == "output_dir" for flag in flags.said)
+    return config, takes, Path(config.output_dir) / ("" if given else "check")
 
 
 def open_family_and_rows(config: Config, takes: Collection[str], keep_index: bool = True):
     """The base model's family, without its weights, and the rows as it takes them."""
-    from data.boxes import boxes_of
     from data.records import open_records
-    from data.template import make_template
-    from model import resolve
-    from model.family import Options, find_family
+    from data.rows import reading
+    from model import open_family
 
-    options = Options(config.max_pixels, config.tool_template, config.labels, box_format=config.box_format)
-    family = find_family(resolve(config.base_model), options)
+    family = open_family(config.base_model, vars(config))
     _ = family.tokenizer  # where it is missing, that is one fault of the folder and not one of every row
-    template = make_template(config.prompt_template, config.response_template, config.image_column)
-    places = config.image_root, config.allow_outside_images
-    return family, open_records(config.data_path, *places, config.on_bad_row, takes, template, boxes_of(family), keep_index)
+    rules = reading(vars(config), family, takes)
+    return family, open_records(config.data_path, on_bad_row=config.on_bad_row, keep_index=keep_index, **rules)
 
 
 # ---- the built-in task ------------------------------------------------------------------------------------------------

@@ -3,19 +3,23 @@
 Every data set writes boxes its own way, and a model that was trained on one and asked in the words of another mixes
 them, so all spellings are read: `<box>a b c d</box>` with blanks, commas or `(a,b),(c,d)`; `box=[[a,b,c,d]]`; a bare
 `[a, b, c, d]` or `(a,b),(c,d)`; Qwen's `<|box_start|>` and `"point_2d": [a, b]`; `<point>a b</point>`, a box without
-extent; a text that is nothing but `(a, b)`. What the numbers count no text says: a run does, with --box_format.
+extent; a text that is nothing but `(a, b)`. In the arguments of a tool call a name says what is a coordinate, NAMES and
+TOGETHER, and nothing else is one. What the numbers count no text says: a run does, with --box_format.
 
 Rewriting rounds to whole numbers, so a box stands within half a unit of what it is written in of where it stood.
 """
 
+import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import starmap
 from typing import Any
 
-from data.turns import Problem, parts_of, short
+from data.turns import Problem, decode, parts_of, short
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 with x1 <= x2 and y1 <= y2
 FORMATS = "keep thousandths fractions pixels"  # of --box_format: what the rows' boxes count
@@ -24,20 +28,90 @@ MOST_DIGITS = 18
 
 NUMBER = r"-?\d+(?:\.\d+)?"
 PAIR = rf"\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)"
+NAMES = ("bbox", "bbox_2d", "box", "box_2d", "point", "point_2d", "coordinate", "coordinates", "start_box", "end_box",
+         "start_point", "end_point", "start_coordinate", "end_coordinate")  # of two or four numbers in JSON
+TOGETHER = (("x", "y", "width", "height"), ("x", "y", "w", "h"), ("x1", "y1", "x2", "y2"), ("x", "y"), ("start_x", "start_y"),
+            ("end_x", "end_y"))  # of numbers beside each other in one object
+CALL = re.compile(r"(?<=<tool_call>)(.*?)(?=</tool_call>|\Z)", re.DOTALL)
+NAMED = "|".join(f'(?<="{name}":)' for name in NAMES)
 SPELLINGS = re.compile(
     r"<(?P<tag>box|point)>[^<]*</(?P=tag)>"
     r"|<\|box_start\|>[^<]*<\|box_end\|>"
     rf"|(?P<named>\bbox=)?(?P<twice>\[)?\[\s*{NUMBER}(?:[\s,]+{NUMBER}){{3}}\s*\](?(twice)\])"
     rf"|{PAIR}\s*,\s*{PAIR}"
-    rf'|(?<="point_2d")\s*:\s*\[\s*{NUMBER}\s*,\s*{NUMBER}\s*\]'
+    rf"|:(?:{NAMED})\s*\[\s*{NUMBER}\s*,\s*{NUMBER}\s*\]"
     rf"|\A\s*{PAIR}\s*\Z"
 )
 
 
 def parse_boxes(text: str) -> list[Box]:
-    """All boxes and points of a text in reading order; a tag with another count of numbers than 4 or 2 is none."""
-    found = (read_numbers(match) for match in SPELLINGS.finditer(text))
-    return [(min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)) for x1, y1, x2, y2 in filter(None, found)]
+    """All boxes and points of a text in reading order, those of the tool calls in it included; a tag with another count of
+    numbers than 4 or 2 is none."""
+    found: list[Box] = []
+    for piece, call in split_calls(text):
+        if call is None:
+            found += map(ordered, filter(None, map(read_numbers, SPELLINGS.finditer(piece))))
+        else:
+            found += boxes_of_arguments(call.get("arguments"))
+    return found
+
+
+def split_calls(text: str) -> Iterator[tuple[str, dict | None]]:
+    """A text in pieces, and the object of those that stand as JSON between <tool_call> and </tool_call>."""
+    for number, piece in enumerate(CALL.split(text) if "<tool_call>" in text else [text]):
+        call = None
+        if number % 2:
+            with suppress(Problem):
+                call = decode(piece)
+        yield piece, call if isinstance(call, dict) else None
+
+
+def boxes_of_arguments(arguments: object) -> list[Box]:
+    """All boxes and points in the arguments of a tool call."""
+    found = []
+    for owner, keys in coordinates(arguments):
+        if isinstance(owner[keys[0]], str):
+            found += parse_boxes(owner[keys[0]])
+        else:
+            found.append(ordered(corners(owner, keys)))
+    return found
+
+
+def ordered(box: list[float]) -> Box:
+    x1, y1, x2, y2 = box
+    return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
+
+
+def coordinates(node: object, named: bool = False) -> Iterator[tuple[Any, tuple]]:
+    """(owner, keys): owner[key] of these keys are the two or four numbers of a point or box, or the text of some; `named`
+    says that the name of `node` is one of NAMES."""
+    if isinstance(node, dict):
+        taken: set[str] = set()
+        for keys in TOGETHER:
+            if taken.isdisjoint(keys) and all(is_number(node.get(key)) for key in keys):
+                taken.update(keys)
+                yield node, keys
+        for key, value in node.items():
+            if isinstance(value, str) and key in NAMES:
+                yield node, (key,)
+            yield from coordinates(value, key in NAMES)
+    elif isinstance(node, list) and named and len(node) in (2, 4) and all(map(is_number, node)):
+        yield node, tuple(range(len(node)))
+    elif isinstance(node, list):
+        for item in node:
+            yield from coordinates(item, named)
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 10**MOST_DIGITS
+
+
+def corners(owner: Any, keys: tuple) -> list[float]:
+    """x1, y1, x2, y2 of what coordinates() found."""
+    first, second = ([owner[key] for key in some] for some in (keys[:2], keys[-2:]))
+    if keys[-1] in ("height", "h"):
+        second = [place + extent for place, extent in zip(first, second, strict=True)]
+    return first + second
 
 
 def place_boxes(turns: list[dict]) -> list[tuple[int, str, Box]]:
@@ -49,6 +123,9 @@ def place_boxes(turns: list[dict]) -> list[tuple[int, str, Box]]:
             seen += part["type"] == "image"
             if part["type"] == "text" and turn["role"] != "system":
                 found += [(max(seen - 1, 0), turn["role"], box) for box in parse_boxes(part["text"])]
+        for call in turn.get("tool_calls", []):
+            boxes = boxes_of_arguments(call["function"]["arguments"])
+            found += [(max(seen - 1, 0), turn["role"], box) for box in boxes]
     return found
 
 
@@ -132,8 +209,12 @@ class BoxRule:
                 if part["type"] == "text" and turn["role"] != "system":
                     part = part | {"text": self.rewrite_text(part["text"], sizes[max(seen - 1, 0)], found)}
                 parts.append(part)
-            whole = isinstance(turn["content"], str)
-            rewritten.append(turn | {"content": parts[0]["text"] if whole else parts})
+            turn = turn | {"content": parts[0]["text"] if isinstance(turn["content"], str) else parts}
+            if turn.get("tool_calls"):
+                turn["tool_calls"] = deepcopy(turn["tool_calls"])
+                for call in turn["tool_calls"]:
+                    self.rewrite_arguments(call["function"]["arguments"], sizes[max(seen - 1, 0)], found)
+            rewritten.append(turn)
         notes.update({f"boxes rewritten from {self.rows}": 1} if found else {})
         notes.update({"box cut at its picture's edge": 1} if found["cut"] else {})
         return rewritten
@@ -142,21 +223,50 @@ class BoxRule:
         """One text about one picture; `found` counts the boxes, and those "cut" at its edge."""
 
         def replace(match: re.Match) -> str:
-            marked, numbers = is_marked(match), read_numbers(match)
+            numbers = read_numbers(match)
             if not numbers:
                 return match[0]
             x1, y1, x2, y2 = numbers
             right, bottom = self.row_extent(size)
-            if not marked and not (0 <= x1 <= x2 <= right and 0 <= y1 <= y2 <= bottom):
+            if not is_marked(match) and not (0 <= x1 <= x2 <= right and 0 <= y1 <= y2 <= bottom):
                 return match[0]  # four numbers of something else
-            if max(x1, x2) < 0 or max(y1, y2) < 0 or min(x1, x2) > right or min(y1, y2) > bottom:
-                reach = f"{right} x {bottom} in {self.rows}, as --box_format says"
-                raise Problem("a box lies outside its picture", f"{short(match[0])}, the picture is {reach}")
-            found["boxes"] += 1
-            found["cut"] += min(numbers) < 0 or max(x1, x2) > right or max(y1, y2) > bottom
-            return self.write(match, [self.convert(n, place % 2, size) for place, n in enumerate(numbers)])
+            return self.write(match, self.convert_box(numbers, size, match[0], found))
 
-        return SPELLINGS.sub(replace, text)
+        written = ""
+        for piece, call in split_calls(text):
+            if call is None:
+                written += SPELLINGS.sub(replace, piece)
+                continue
+            before = found["boxes"]
+            self.rewrite_arguments(call.get("arguments"), size, found)
+            changed = found["boxes"] > before  # else not a blank of it is touched
+            written += piece.replace(piece.strip(), json.dumps(call, ensure_ascii=False)) if changed else piece
+        return written
+
+    def rewrite_arguments(self, arguments: object, size: tuple[int, int], found: Counter) -> None:
+        """The boxes and points in the arguments of a tool call, in place. Problem for one outside its picture."""
+        for owner, keys in list(coordinates(arguments)):
+            if isinstance(owner[keys[0]], str):
+                owner[keys[0]] = self.rewrite_text(owner[keys[0]], size, found)
+                continue
+            shown = ", ".join(f"{key} {owner[key]}" if isinstance(key, str) else str(owner[key]) for key in keys)
+            numbers = self.convert_box(corners(owner, keys), size, shown, found)
+            if keys[-1] in ("height", "h"):
+                numbers[2:] = numbers[2] - numbers[0], numbers[3] - numbers[1]
+            for key, number in zip(keys, numbers, strict=False):
+                owner[key] = number
+
+    def convert_box(self, box: list[float], size: tuple[int, int], shown: str, found: Counter) -> list[int]:
+        """x1, y1, x2, y2 of the rows as whole numbers of the model's. Problem, with what is shown, for one outside its
+        picture."""
+        x1, y1, x2, y2 = box
+        right, bottom = self.row_extent(size)
+        if max(x1, x2) < 0 or max(y1, y2) < 0 or min(x1, x2) > right or min(y1, y2) > bottom:
+            reach = f"{right} x {bottom} in {self.rows}, as --box_format says"
+            raise Problem("a box lies outside its picture", f"{short(shown)}, the picture is {reach}")
+        found["boxes"] += 1
+        found["cut"] += min(box) < 0 or max(x1, x2) > right or max(y1, y2) > bottom
+        return [self.convert(number, place % 2, size) for place, number in enumerate(box)]
 
     def convert(self, number: float, side: int, size: tuple[int, int]) -> int:
         """A number of the rows as a whole number of the model's; side 0 is along x, 1 along y."""

@@ -76,6 +76,12 @@ def _target_box(candidates: list, page: tuple[int, int]) -> tuple[float, float, 
     return x, y, right - x, bottom - y
 
 
+@dialect("raw Mind2Web", has("annotation_id", "confirmed_task", "actions"))
+def _read_raw_mind2web(row: dict) -> list:
+    raise Problem("a raw Mind2Web task", "its actions have html and no screen; python -m data download mind2web fetches "
+                  "Multimodal-Mind2Web, the same tasks with a screenshot for each action")
+
+
 @dialect("WebVoyager", has("web_name", "ques", "web"))
 def _read_webvoyager(row: dict) -> Question:
     """A task without its answer; the site is what scores are reported by."""

@@ -79,6 +79,18 @@ def _read_query(row: dict) -> list:
     return _read_completion(row, "query")
 
 
+@dialect("instruction/output", has("instruction", "output"))
+def _read_alpaca(row: dict, answer: str = "output", about: str = "input") -> list:
+    """Stanford's Alpaca: what an instruction is about follows it after a blank line; the chat template is its frame."""
+    question = "\n\n".join(text for text in (row["instruction"], row.get(about)) if text)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": row[answer]}]
+
+
+@dialect("instruction/response", has("instruction", "response"))
+def _read_dolly(row: dict) -> list:
+    return _read_alpaca(row, "response", "context")
+
+
 @dialect("text + screenshot", has("text", "screenshot"), marks=True, last=True)
 def _read_chat_text(row: dict) -> list:
     return split_chat(row["text"])

@@ -101,8 +101,10 @@ def find_dialect(row: dict, notes: Counter) -> Dialect:
     """The dialect of a row. Raises Problem for none; of several the others are noted, unless they ask for less of the same."""
     found, *others = [entry for entry in DIALECTS if entry.recognises(row)] or [None]
     if found is None:
-        raise Problem("no dialect has these keys", f"{short(sorted(row))}; known are "
-                      + ", ".join(entry.name for entry in reversed(DIALECTS)))
+        lists = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        inside = f"; if the rows are in its {short(lists[0])}, save that list alone" if lists else ""
+        raise Problem("no dialect has these keys", f"{short(sorted(row))}{inside}; --prompt_template, --response_template and "
+                      "--image_column say which is what; known are " + ", ".join(entry.name for entry in reversed(DIALECTS)))
     asked = getattr(found.recognises, "keys", frozenset())
     for other in others:
         if not getattr(other.recognises, "keys", frozenset()) <= asked:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from data.errors import UserError
@@ -76,6 +77,7 @@ class PieceTokenizer:
         self.special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
         longest_first = sorted(map(re.escape, self.special), key=len, reverse=True)
         self.pattern = re.compile("(" + "|".join(longest_first) + ")") if longest_first else re.compile(r"(?!)")
+        self.encode_short = lru_cache(1024)(self.encode)  # most pieces are the template's own words, the same in every row
 
     def mark(self, value: Any) -> tuple[Any, str]:
         """(value, mark): every special token that a string inside value spells is split by the mark character."""
@@ -102,8 +104,12 @@ class PieceTokenizer:
             if part in self.special:
                 ids.append(self.special[part])
             elif part:
-                ids += self.backend.encode(part.replace(mark, "") if mark else part, add_special_tokens=False).ids
+                text = part.replace(mark, "") if mark else part
+                ids += self.encode_short(text) if len(text) < 100 else self.encode(text)
         return ids
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
 
 
 def cut_turns(text: str, header: str, stop: str) -> list[Piece]:

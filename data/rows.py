@@ -17,7 +17,7 @@ from data.batches import epoch_order, hash_seed
 from data.boxes import boxes_of
 from data.errors import UserError
 from data.lengths import Lengths, find_longest, measure, remedy
-from data.records import Record, Records, read_sources
+from data.records import KINDS, Record, Records, read_sources
 from data.sources import name_apart, open_sources
 from data.template import make_template
 
@@ -88,14 +88,14 @@ def open_rows(
     bad_path = folder / "bad_rows.jsonl"
     if not resumed:
         bad_path.unlink(missing_ok=True)
-    rows, template = None, make_template(config.prompt_template, config.response_template, config.image_column)
+    rows, rules = None, reading(vars(config), family, takes)
     sets = [("train", open_sources(config.data_path))]
     evaluated = open_sources(config.eval_path) if config.eval_path else []
     sets += [("eval", list(entry)) for _, entry in groupby(evaluated, lambda source: source.entry)]
     sets += [("test", open_sources(config.test_path))] if config.test_path else []
     name_apart([source for _, sources in sets for source in sources])
     for kind, sources in sets:
-        records = read_sources(sources, config.image_root, config.allow_outside_images, takes, template, boxes_of(family))
+        records = read_sources(sources, **rules)
         lengths = measure_rows(records, config, family)
         if rows is None:
             rows = Rows(records, lengths, bad_path, config.on_bad_row)
@@ -114,6 +114,14 @@ def open_rows(
     if not rows.lengths.kept:
         raise UserError(f"--data_path {config.data_path}: the weights leave no row; give larger ones")
     return rows
+
+
+def reading(settings: dict[str, Any], family: Any, takes: Collection[str] = KINDS) -> dict[str, Any]:
+    """How a run's settings (the fields of training/config.py's Config, by name) have rows read for a family: arguments of
+    read_sources and open_records."""
+    template = make_template(*map(settings.get, ("prompt_template", "response_template", "image_column")))
+    places = {name: settings.get(name) for name in ("image_root", "allow_outside_images")}
+    return places | {"takes": takes, "template": template, "boxes": boxes_of(family)}
 
 
 def weigh(records: Records, kept: list[int], seed: int) -> list[int]:

@@ -1,7 +1,8 @@
 """What --data_path names: files of rows, folders of them, data sets of the hub, several with weights.
 
-    rows.json    runs/    org/name    org/name:test    a.json*2,b.jsonl,c.parquet*0.5
+    rows.json    runs/    runs/:test    org/name    org/name:test    a.json*2,b.jsonl,c.parquet*0.5
 
+A folder is all files below it, laid out as on the hub; those that their names put into a held-out split are passed over.
 Every source gives its rows one after the other with the place of each, and reads any row again from its place, so that
 no source lies in memory. A row of json, jsonl or csv is a piece of the file by byte offset, and may hold other types
 than its neighbours; parquet and the hub (data/tables.py) come as columns. Which keys a row has is not looked at here.
@@ -23,6 +24,10 @@ from data.turns import MAX_ROW_BYTES, Problem, decode
 FORMATS = (".json", ".jsonl", ".csv", ".parquet")
 TEXT_COLUMNS = {"prompt", "query", "completion", "text"}  # of a csv: text even where it looks like a JSON list or object
 HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?::([\w.-]+))?")
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "validation": "validation",
+          "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}  # words of a path
+NO_ROWS = {"manifest.json", "plan.json", "bad_rows.jsonl", "bad_images.jsonl", "images.jsonl", "summary.json",
+           "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what downloads and checks leave
 WEIGHT = re.compile(r"(.+)\*(\d+\.?\d*|\.\d+)")
 Piece = tuple[int, int, int, object]  # number of a row, where it lies (byte offset, size; 0, 0 in a table), what lies there
 
@@ -123,13 +128,16 @@ class Document(Source):
 
 
 class Sheet(Source):
-    """A csv file with names in its first row; the number is that of the line a row begins on. A cell is text, or the JSON
-    list or object that it holds; an empty cell is none."""
+    """A csv file with names in its first row, which shows what separates cells: commas, else semicolons, else tabs. The number
+    is that of the line a row begins on. A cell is text, or the JSON list or object that it holds; an empty cell is none."""
 
     def __init__(self, path: Path):
         super().__init__(path)
         csv.field_size_limit(MAX_ROW_BYTES)
-        self.columns = next((_cells(raw) for _, _, _, raw in self._split()), [])
+        with open(path, "rb") as file:
+            names = file.readline(MAX_ROW_BYTES)
+        self.separator = "," if b"," in names else next((mark for mark in ";\t" if mark.encode() in names), ",")
+        self.columns = next((self._cells(raw) for _, _, _, raw in self._split()), [])
 
     def pieces(self) -> Iterator[Piece]:
         rows = self._split()
@@ -141,7 +149,7 @@ class Sheet(Source):
         taken: list[bytes] = []  # the lines that the reader asked for until it had a row
         with open(self.path, "rb") as file:
             lines = (taken.append(line) or line.decode("utf-8-sig", "surrogateescape") for line in file)
-            reader, number, offset, cells = csv.reader(lines, strict=True), 1, 0, []
+            reader, number, offset, cells = csv.reader(lines, delimiter=self.separator, strict=True), 1, 0, []
             while cells is not None:
                 try:
                     cells = next(reader, None)
@@ -154,19 +162,19 @@ class Sheet(Source):
                 taken.clear()
 
     def parse(self, raw: object) -> object:
-        cells = _cells(raw)
+        cells = self._cells(raw)
         if len(cells) != len(self.columns):
             raise Problem("the row has another number of cells than the first", f"{len(cells)}, not {len(self.columns)}")
         return {name: _cell(name, text) for name, text in zip(self.columns, cells, strict=True) if text}
 
-
-def _cells(raw: bytes) -> list[str]:
-    try:
-        return next(csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), strict=True), [])
-    except UnicodeError as error:
-        raise Problem("not valid UTF-8", error.reason) from None
-    except csv.Error as error:
-        raise Problem("not valid CSV", str(error)) from None
+    def _cells(self, raw: bytes) -> list[str]:
+        try:
+            lines = io.StringIO(raw.decode("utf-8-sig"), newline="")
+            return next(csv.reader(lines, delimiter=self.separator, strict=True), [])
+        except UnicodeError as error:
+            raise Problem("not valid UTF-8", f"{error.reason}; save the file as UTF-8") from None
+        except csv.Error as error:
+            raise Problem("not valid CSV", str(error)) from None
 
 
 def _cell(name: str, text: str) -> object:
@@ -207,11 +215,10 @@ def name_apart(sources: list[Source]) -> None:
 
 def _open_entry(name: str) -> list[Source]:
     path = Path(name)
-    if path.is_dir():
-        files = [file for file in sorted(path.iterdir()) if file.suffix in FORMATS and not file.name.startswith(".")]
-        if not files:
-            raise UserError(f"the folder {path} holds no file that ends in {', '.join(FORMATS)}; give one with rows")
-        return list(map(_open_file, files))
+    if name and path.is_dir():
+        return list(map(_open_file, find_files(path)))
+    if path.name.rpartition(":")[2] in SPLITS and Path(name.rpartition(":")[0]).is_dir():
+        return list(map(_open_file, find_files(*name.rpartition(":")[::2])))
     if path.is_file() or path.suffix in FORMATS:
         return [_open_file(path)]
     if hub := HUB.fullmatch(name):
@@ -222,6 +229,43 @@ def _open_entry(name: str) -> list[Source]:
         f"there is no file or folder {name}; give a {', '.join(FORMATS)} file, a folder of them, or ORG/NAME "
         "of a data set on the hub"
     )
+
+
+def find_files(folder: str | os.PathLike, split: str = "") -> list[Path]:
+    """The files of rows below a folder: of a split if one is named, else all but those of held-out splits. What is read and
+    what is passed over is said. UserError for none, and for files of several held-out splits alone."""
+    by_split = group_files(folder)
+    kinds = ", ".join(f"{len(paths)} of {name or 'no split'}" for name, paths in sorted(by_split.items()))
+    wanted = {SPLITS[split]} if split else by_split.keys() & {"", "train"} or by_split.keys()
+    if "" not in wanted and len(wanted) > 1:
+        raise UserError(f"the folder {folder} holds files of held-out splits alone, {kinds}; name one, such as {folder}:test")
+    paths = sorted(path for name in wanted for path in by_split.get(name, []))
+    if not paths:
+        there = sorted(path.name for path in Path(folder).rglob("[!.]*") if path.is_file())[:3]
+        missing = f"of {split}, only {kinds}" if kinds else f"that ends in {', '.join(FORMATS)}"
+        saved = ", or write what save_to_disk wrote with to_parquet" if (Path(folder) / "state.json").exists() else ""
+        raise UserError(f"the folder {folder} holds no file {missing}" + f" (there are {', '.join(there)})" * bool(there)
+                        + f"; give one with rows{saved}")  # fmt: skip
+    others = [(name, found) for name, found in by_split.items() if name not in wanted]
+    passed = [f"{len(found)} of {name or 'no split'} ({found[0]})" for name, found in others]
+    span = paths[0] if len(paths) == 1 else f"{len(paths)} files, {paths[0]} to {paths[-1]}"
+    over = f"; passed over {', '.join(passed)}, see {folder}:SPLIT" if passed else ""
+    print(f"note: {folder} is read as {span}{over}", file=sys.stderr)
+    return [Path(folder) / path for path in paths]
+
+
+def group_files(folder: str | os.PathLike) -> dict[str, list[str]]:
+    """Split -> the files of rows below a folder, as paths below it, without hidden ones. Their split is what the last word
+    of SPLITS in the path says ("data/train/0.parquet", "test-00000-of-00003.parquet"), "" without any."""
+    by_split: dict[str, list[str]] = {}
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if Path(name).suffix in FORMATS and not name.startswith(".") and name not in NO_ROWS:
+                path = os.path.relpath(os.path.join(place, name), folder)
+                words = [word for word in re.split("[^a-z]+", path.lower()) if word in SPLITS]
+                by_split.setdefault(SPLITS[words[-1]] if words else "", []).append(path)
+    return by_split
 
 
 def _open_file(path: Path) -> Source:

@@ -5,6 +5,7 @@ strings, pictures named in the row or in the turn and placed by a mark in the te
 """
 
 import json
+import math
 import re
 from collections import Counter
 
@@ -14,7 +15,9 @@ MARK = "<image>"
 MARKS = re.compile(r"(<image(?:_\d+)?>)")  # GUICourse numbers them where a row has several pictures
 PICTURE_KEYS = ("image", "images", "screenshot")
 TURN_KEYS = {"role", "from", "content", "value", "tool_calls", "train", *PICTURE_KEYS}
-ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
+ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {
+    "human": "user", "gpt": "assistant", "developer": "system", "observation": "tool", "function_call": "assistant",
+}  # fmt: skip
 
 
 class Problem(Exception):
@@ -35,7 +38,8 @@ def short(value: object) -> str:
 # ---- JSON ----------------------------------------------------------------------------------------------------------
 
 def decode(raw: bytes | str) -> object:
-    """JSON that can be tokenized and written again: UTF-8, no lone surrogate, no NaN, no infinity, not MAX_DEPTH deep."""
+    """JSON that can be tokenized and written again: UTF-8, no lone surrogate, no infinity, not MAX_DEPTH deep. NaN, by which
+    pandas writes an empty cell, is null."""
     if len(raw) > MAX_ROW_BYTES:
         raise Problem("row too large", f"more than {MAX_ROW_BYTES:,} bytes")
     try:
@@ -44,7 +48,7 @@ def decode(raw: bytes | str) -> object:
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeError as error:
-        raise Problem("not valid UTF-8", error.reason) from None
+        raise Problem("not valid UTF-8", f"{error.reason}; save the file as UTF-8") from None
     except RecursionError:
         raise Problem("nested too deeply", f"more than {MAX_DEPTH} levels") from None
     except ValueError as error:
@@ -64,11 +68,11 @@ def _refuse_deep(value: object) -> None:
     raise Problem("nested too deeply", f"more than {MAX_DEPTH} levels")
 
 
-def _finite(number: str) -> float:
+def _finite(number: str) -> float | None:
     value = float(number)  # "NaN" and "Infinity" come here too, and 1e999 is infinite
-    if value - value != 0:
-        raise Problem("a number is NaN or infinite", number[:20])
-    return value
+    if math.isinf(value):
+        raise Problem("a number is infinite", number[:20])
+    return None if math.isnan(value) else value
 
 
 _decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
@@ -164,6 +168,11 @@ def read_turn(item: object, number: int, notes: Counter) -> dict:
     if not isinstance(name, str) or name not in ROLES:
         raise Problem("unknown role", f"turn {number} has {short(name)}; known are {', '.join(ROLES)}")
     role, content, train = ROLES[name], item.get("content", item.get("value")), item.get("train")
+    if name == "function_call":  # ShareGPT's: the turn is a call in JSON, or a list of some
+        calls = decode(content) if isinstance(content, str) else content
+        item, content = item | {"tool_calls": calls if isinstance(calls, list) else [calls]}, ""
+    if train is None and role == "assistant" and item.get("weight") in (0, 1):  # OpenAI's word for it
+        item, train = item | {"weight": None}, bool(item["weight"])
     if isinstance(content, list):
         content = [_read_part(part, number) for part in content]
     elif content is None and role == "assistant":
@@ -220,13 +229,19 @@ def read_pictures(source: dict) -> list[tuple[str, object]]:
     """(mark in the text, path) of the pictures of a row or a turn: a path, a list of paths, or {"<image_00>": path}."""
     pictures = []
     for value in (source[key] for key in PICTURE_KEYS if source.get(key) is not None):
-        if not isinstance(value, dict):
-            pictures += [(MARK, path) for path in (value if isinstance(value, list) else [value])]
+        if not isinstance(value, dict) or value.keys() == {"bytes", "path"}:
+            pictures += [(MARK, _path_of(item)) for item in (value if isinstance(value, list) else [value])]
         elif all(map(MARKS.fullmatch, value)):
             pictures += value.items()
         else:
             raise Problem("the names of pictures are not marks", f"{short(list(value))}; expected such as <image_00>")
     return pictures
+
+
+def _path_of(picture: object) -> object:
+    """{"bytes": null, "path": ..} is how the datasets library writes a picture into JSON."""
+    is_struct = isinstance(picture, dict) and picture.keys() == {"bytes", "path"} and picture["bytes"] is None
+    return picture["path"] if is_struct else picture
 
 
 def place_pictures(turns: list[dict], pictures: list, marks: bool, last: bool, gap: str) -> None:

@@ -139,9 +139,10 @@ def open_model(flags: argparse.Namespace):
 def score(flags: argparse.Namespace) -> None:
     """`python -m eval`. Raises UserError for what cannot be opened, and where no row could be scored."""
     from data.records import open_records
-    from data.template import make_template
-    from eval.subject import find, open_boxes, read_settings
+    from data.rows import reading
+    from eval.subject import choose_settings, find
     from eval.tasks import find_task
+    from model import open_family
 
     task = find_task(flags.task)
     if flags.against and not task.compares:
@@ -150,11 +151,10 @@ def score(flags: argparse.Namespace) -> None:
         raise UserError(f"--task {flags.task} needs a judge, --reward, and another model, --against")
     if task.measure and flags.reward:
         raise UserError(f"--reward scores answers, and --task {flags.task} asks for none; leave it out")
-    run = find(flags.model, flags.adapter).run
-    trained = read_settings(run)
-    template = make_template(*(getattr(flags, name) or trained.get(name) for name in TEMPLATE_FLAGS))
-    boxes = open_boxes(flags.model, flags.adapter, flags.max_pixels, flags.box_format)
-    records = open_records(flags.data_path, flags.image_root, on_bad_row=flags.on_bad_row, template=template, boxes=boxes)
+    place = find(flags.model, flags.adapter)
+    run, settings = place.run, choose_settings(place.run, **vars(flags))
+    rules = reading(settings, open_family(place.base, settings))
+    records = open_records(flags.data_path, on_bad_row=flags.on_bad_row, **rules)
     if records.bad:
         print(f"skipped {len(records.bad)} of {len(records) + len(records.bad)} rows")
     folder = Path(flags.output_dir or (run / "eval" if run else ".")) / "outputs"

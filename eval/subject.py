@@ -11,10 +11,9 @@ from typing import Any
 
 import yaml
 
-from data.boxes import KEEP, BoxRule, boxes_of
 from data.errors import UserError
-from model import load_model, resolve
-from model.family import Family, Model, Options, find_family
+from model import load_model, options_of
+from model.family import Family, Model
 from model.files import read_json
 from training import memory, precision
 from training.precision import Precision
@@ -53,13 +52,12 @@ def open_subject(
     Raises UserError for a folder that is none of model, run and adapter, and for an adapter of another base.
     """
     place = find(name, adapter)
-    settings = read_settings(place.run)
+    settings = choose_settings(place.run, max_pixels=max_pixels, precision=precision_name, box_format=box_format)
     if quant is None and place.adapter:  # merged weights were made for 16 bits, whatever the run held its base in
         quant = "8bit" if settings.get("use_8bit") else "4bit" if settings.get("use_4bit") else None
     device = memory.check_device(device_name)
-    dtypes = precision.choose(precision_name or settings.get("precision", "auto"), device)
-    options = choose_options(settings, max_pixels, box_format)
-    model, family = load_model(place.base, None if quant == "none" else quant, dtypes.frozen, device, options)
+    dtypes = precision.choose(settings.get("precision", "auto"), device)
+    model, family = load_model(place.base, None if quant == "none" else quant, dtypes.frozen, device, options_of(settings))
     if place.adapter:
         from lora.files import load_adapter
 
@@ -68,19 +66,11 @@ def open_subject(
     return Subject(model, family, dtypes, place.run)
 
 
-def choose_options(settings: dict[str, Any], max_pixels: int | None, box_format: str | None) -> Options:
-    """What a family is made with: what is given, else a run's settings."""
-    return Options(
-        max_pixels=max_pixels or settings.get("max_pixels"), tool_template=settings.get("tool_template", "none"),
-        box_format=box_format or settings.get("box_format", "keep"),
-    )
-
-
-def open_boxes(name: str, adapter: str | None, max_pixels: int | None, box_format: str | None) -> BoxRule:
-    """How the boxes of rows are rewritten for a model, from its files without its weights."""
-    place = find(name, adapter)
-    options = choose_options(read_settings(place.run), max_pixels, box_format)
-    return KEEP if options.box_format == "keep" else boxes_of(find_family(resolve(place.base), options))
+def choose_settings(run: Path | None, **given: Any) -> dict[str, Any]:
+    """A run's settings, {} without one, and what is given instead of them (None: nothing). Where its pictures were, and its
+    cache of them, are not asked for: the rows are others."""
+    own = read_settings(run) | {"image_root": None, "image_cache": None}
+    return own | {name: value for name, value in given.items() if value is not None}
 
 
 def find(name: str, adapter: str | None) -> Place:

@@ -5,8 +5,9 @@ above the finished model one tensor is in memory. Nothing but safetensors and JS
 is ever run.
 """
 
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,20 @@ def resolve(folder_or_hub_id: str | Path) -> Path:
             f"{name}: no such folder, and the hub has not answered for it ({reason}); "
             f"check the name and the network, or download it first: hf download {name}"
         ) from None
+
+
+def options_of(settings: dict[str, Any]) -> "Options":
+    """What a run's settings (the fields of training/config.py's Config, by name) say about a family's encoding."""
+    from model.family import Options
+
+    return Options(**{field.name: settings[field.name] for field in fields(Options) if field.name in settings})
+
+
+def open_family(folder_or_hub_id: str | Path, settings: dict[str, Any]) -> "Family":
+    """The family of a checkpoint as a run's settings make it, without its weights."""
+    from model.family import find_family
+
+    return find_family(resolve(folder_or_hub_id), options_of(settings))
 
 
 def load_tokenizer(folder_or_hub_id: str | Path, trust_remote_code: bool = False):

@@ -186,8 +186,7 @@ class Family:
         """(text, picture, supervised) positions of a conversation, pictures not opened. UserError where encode() has one
         that no pixel decides."""
         pieces = expand_pictures(self.render(messages, tools), self.image_token_id, [0] * len(image_sizes))
-        largest = max((max(ids, default=0) for ids, _ in pieces), default=0)
-        check_ids(torch.tensor([largest]), self.text_config["vocab_size"], self.folder)
+        check_ids(max((max(ids, default=0) for ids, _ in pieces), default=0), self.text_config["vocab_size"], self.folder)
         num_pictures = sum(self.picture_positions(width, height) for width, height in image_sizes)
         return sum(len(ids) for ids, _ in pieces), num_pictures, sum(len(ids) for ids, trained in pieces if trained)
 
@@ -226,7 +225,7 @@ class Family:
     ) -> Example:
         """An Example from finished ids: adds the picture spans and the positions."""
         ids, pixels = torch.as_tensor(input_ids, dtype=torch.long), pixels or {}
-        check_ids(ids, self.text_config["vocab_size"], self.folder)
+        check_ids(int(ids.max()) if len(ids) else 0, self.text_config["vocab_size"], self.folder)
         spans, place = [], 0
         for count in self.count_positions(pixels):
             start = place + int((ids[place:] == self.image_token_id).nonzero()[0])
@@ -359,5 +358,7 @@ def expand_pictures(pieces: list[tuple[list[int], bool]], token: int | None, cou
     marks = sum(ids.count(token) for ids, _ in pieces) if token is not None else 0
     if marks != len(counts):
         raise UserError(f"the rendered conversation has {marks} picture marks for {len(counts)} pictures; they must agree")
+    if not counts:
+        return pieces
     left = iter(counts)
     return [([i for t in ids for i in ([t] * next(left) if t == token else [t])], trained) for ids, trained in pieces]

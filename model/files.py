@@ -3,12 +3,8 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 
 def read_json(path: Path, needed: Sequence[str] = ()) -> dict:
@@ -47,9 +43,8 @@ def read_tokenizer(folder: Path):
     raise UserError(f"{folder}: holds neither tokenizer.json nor vocab.json + merges.txt; download the tokenizer files too")
 
 
-def check_ids(ids: "torch.Tensor", vocab_size: int, folder: Path) -> None:
-    """UserError for a token that the model's embedding has no row for."""
-    largest = int(ids.max()) if len(ids) else 0
+def check_ids(largest: int, vocab_size: int, folder: Path) -> None:
+    """UserError for a token, the largest of some, that the model's embedding has no row for."""
     if largest >= vocab_size:
         raise UserError(
             f"token {largest} of {folder}'s tokenizer is none of the {vocab_size} that its config.json counts (vocab_size); "

@@ -232,6 +232,16 @@ def test_bad_mind2web_rows(page, changes, expected):
         open_records(write_jsonl(page / "rows.jsonl", [mind2web_row(**changes)]))
 
 
+def test_raw_mind2web_tasks_are_sent_to_the_set_with_screens(tmp_path):
+    action = {"action_uid": "u", "raw_html": "<html>", "cleaned_html": "<a>", "pos_candidates": [], "neg_candidates": [],
+              "operation": {"op": "CLICK", "original_op": "CLICK", "value": ""}}  # fmt: skip
+    task = {"annotation_id": "a", "website": "aa", "domain": "Travel", "subdomain": "Airlines", "confirmed_task": "Book",
+            "action_reprs": ["[a] Book -> CLICK"], "actions": [action]}  # fmt: skip
+    (tmp_path / "train_0.json").write_text(json.dumps([task, task]))
+    with pytest.raises(UserError, match="2 of 2 rows: train_0.json:1 a raw Mind2Web task: .*python -m data download mind2web"):
+        open_records(tmp_path / "train_0.json")
+
+
 # ---- WebVoyager ----------------------------------------------------------------------------------------------------
 
 def test_real_webvoyager_tasks():

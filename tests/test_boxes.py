@@ -11,14 +11,15 @@ import pytest
 from conftest import shared
 from PIL import Image
 
-from data.boxes import FORMATS, KEEP, BoxRule, Convention, boxes_of, parse_boxes, strip_boxes
+from data.boxes import FORMATS, KEEP, BoxRule, Convention, boxes_of, parse_boxes, place_boxes, strip_boxes
 from data.errors import UserError
 from data.images import smart_resize
 from data.records import open_records
 from data.turns import Problem
 from eval import ask
 from eval.actions import step_success
-from eval.metrics import Reply, box_iou
+from eval.evaluate import label_of
+from eval.metrics import Reply, box_iou, centre_in_box
 from model.family import Options, families, find_family
 from model.tiny import write_tiny
 
@@ -116,6 +117,62 @@ def test_marked_boxes_get_the_models_words():
     assert rewrite(minicpm, '{"bbox_2d": [1, 2, 3, 4]}') == '{"bbox_2d": [1, 2, 3, 4]}'  # or the JSON would break
 
 
+CALLS = {  # arguments in thousandths -> of a picture that the model sees as 500 x 200
+    '{"x": 412, "y": 18}': '{"x": 206, "y": 4}',
+    '{"y": 1000, "button": "left", "x": 0}': '{"y": 200, "button": "left", "x": 0}',
+    '{"action": "left_click", "coordinate": [500, 500]}': '{"action": "left_click", "coordinate": [250, 100]}',
+    '{"bbox": [0, 100, 1000, 900], "text": "[1, 2, 3, 4]"}': '{"bbox": [0, 20, 500, 180], "text": "[1, 2, 3, 4]"}',
+    '{"box": [[2, 5, 4, 10]], "point": [2.0, 5.0]}': '{"box": [[1, 1, 2, 2]], "point": [1, 1]}',
+    '{"x": 100, "y": 100, "width": 200, "height": 500}': '{"x": 50, "y": 20, "width": 100, "height": 100}',
+    '{"path": [{"x": 2, "y": 5}, {"x": 1000, "y": 1000}]}': '{"path": [{"x": 1, "y": 1}, {"x": 500, "y": 200}]}',
+    '{"x1": 2, "y1": 5, "x2": 4, "y2": 10}': '{"x1": 1, "y1": 1, "x2": 2, "y2": 2}',
+    '{"start_x": 2, "start_y": 5, "end_x": 4, "end_y": 10}': '{"start_x": 1, "start_y": 1, "end_x": 2, "end_y": 2}',
+    '{"start_box": "<|box_start|>(2,5)<|box_end|>", "end_box": "(4, 10)"}':
+        '{"start_box": "<|box_start|>(1,1)<|box_end|>", "end_box": "(2, 2)"}',
+    '{"x": 500}': None, '{"x": "500", "y": "500"}': None, '{"x": true, "y": false}': None,
+    '{"width": 500, "height": 500}': None,
+    '{"scroll_x": 0, "scroll_y": 500}': None, '{"ids": [1, 2, 3, 4]}': None, '{"coordinate": [1, 2, 3]}': None,
+    '{"text": "click [1, 2, 3, 4] or \\"x\\": 1, \\"y\\": 2"}': None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", CALLS)
+def test_coordinates_of_a_tool_call_are_those_that_are_named(given):
+    """As an object of the row, and as the text that a template makes of it."""
+    boxes, right = rule("thousandths", OWN["qwen2_5_vl"], lambda *_: (500, 200)), CALLS[given] or given
+    call = {"type": "function", "function": {"name": "act", "arguments": json.loads(given)}}
+    turn = {"role": "assistant", "content": "so:", "tool_calls": [call]}
+    (written,) = boxes.rewrite([turn], [SIZE], notes := Counter())
+    assert json.dumps(written["tool_calls"][0]["function"]["arguments"]) == right
+    assert call["function"]["arguments"] == json.loads(given) and bool(notes) == bool(CALLS[given])
+    shown = [f'so:\n<tool_call>\n{{"name": "act", "arguments": {words}}}\n</tool_call>' for words in (given, right)]
+    assert rewrite(boxes, shown[0]) == shown[1]
+    assert [box for _, _, box in place_boxes([written])] == parse_boxes(shown[1])
+    assert bool(parse_boxes(shown[0])) == bool(CALLS[given])
+
+
+def test_a_call_outside_its_picture_is_a_problem_and_one_cut_short_is_text():
+    boxes = rule("thousandths", OWN["qwen2_5_vl"], lambda *_: (500, 200))
+    with pytest.raises(Problem, match="outside its picture: 'x 1200, y 3', the picture is 1000 x 1000"):
+        rewrite(boxes, '<tool_call>{"name": "click", "arguments": {"x": 1200, "y": 3}}</tool_call>')
+    for text in ('<tool_call>{"name": "click", "arguments": {"x": 12, "y": 3', '{"x": 12, "y": 3}', "<tool_call>"):
+        assert rewrite(boxes, text) == text and parse_boxes(text) == []
+    assert rewrite(boxes, '{"action": "click", "coordinate": [500, 500]}') == '{"action": "click", "coordinate": [250, 100]}'
+
+
+@pytest.mark.parametrize("seen", [(280, 504), (1120, 1120), (3000, 2100)])
+def test_a_call_there_and_back_is_within_half_a_unit_of_each(seen):
+    there, back = rule("thousandths", Convention("pixels"), lambda *_: seen), rule("pixels", Convention("thousandths"))
+    for number in range(1001):
+        call = {"function": {"arguments": {"x": number, "y": 1000 - number}}}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        (seen_turn,) = there.rewrite([turn], [SIZE], Counter())
+        (found,) = back.rewrite([seen_turn], [seen], Counter())
+        arguments = found["tool_calls"][0]["function"]["arguments"]
+        for place, right, side in zip(arguments.values(), (number, 1000 - number), seen, strict=True):
+            assert abs(place - right) <= (0.5 * 1000 / side + 0.5 if side < 1000 else 0)
+
+
 def test_keep_and_a_model_without_words_for_boxes_keep_the_text():
     turns = [{"role": "user", "content": "<box>1 2 3 4</box>"}]
     for boxes in (KEEP, rule("keep", OWN["qwen2_5_vl"]), rule("thousandths", None)):
@@ -149,8 +206,8 @@ def test_a_box_belongs_to_the_last_picture_before_it():
 
 
 def test_a_number_without_end_is_no_box():
-    text = f"<box>{'7' * 5000} 2 3 4</box>"
-    assert parse_boxes(text) == [] and rewrite(rule("thousandths", OWN["qwen2_5_vl"]), text) == text
+    for text in (f"<box>{'7' * 5000} 2 3 4</box>", f'<tool_call>{{"arguments": {{"x": 1, "y": {"7" * 400}}}}}</tool_call>'):
+        assert parse_boxes(text) == [] and rewrite(rule("thousandths", OWN["qwen2_5_vl"]), text) == text
 
 
 def test_text_without_its_boxes():
@@ -212,6 +269,22 @@ def test_both_answers_of_a_preference_and_what_a_reward_checks_are_rewritten(tmp
         with pytest.raises(Problem, match="not four numbers"):
             boxes.rewrite_truth({"box": wrong}, [(200, 100)])
     assert boxes.rewrite_truth(None, [(200, 100)]) is None and boxes.rewrite_truth(truth, []) is truth
+
+
+def test_the_click_of_an_answer_is_judged_and_drawn_like_the_rows(tmp_path, folders):
+    """The README's row: what the model reads, what the metrics see in its answer, and where it lies on the picture."""
+    call = {"type": "function", "function": {"name": "click", "arguments": {"x": 50, "y": 100}}}
+    ask = {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "open it"}]}
+    path = write_rows(tmp_path, {"messages": [ask, {"role": "assistant", "content": "", "tool_calls": [call]}]})
+    family = find_family(folders / "qwen2_5_vl", Options(box_format="pixels", tool_template="qwen"))
+    boxes = boxes_of(family)
+    (record,) = open_records(path, boxes=boxes)
+    example = family.encode(record.messages)
+    label = label_of(family, example)
+    assert "<tool_call>" in label
+    (box,) = parse_boxes(label)
+    assert boxes.locate(box, (200, 100)) == pytest.approx((50, 100, 50, 100), abs=1)
+    assert centre_in_box(Reply("1", "x:1", "", label, "<box>{} {} {} {}</box>".format(*box), True)) == {"centre_in_box": 1.0}
 
 
 def test_an_index_is_of_one_way_to_rewrite(tmp_path, monkeypatch):

@@ -10,18 +10,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from conftest import shared
 from PIL import Image
 
 import data.__main__ as doors
 from data.batches import Encoded
 from data.check import damage_of_file, fitting_pixels, outside, shrink
-from data.errors import command
+from data.errors import UserError, command
 from data.rows import open_rows
 from model.family import Options, find_family
 from model.tiny import write_tiny
 from stages import sft
 from training.config import Config
+from training.guards import open_folder
 
 PROBLEM_KEYS = {"where", "id", "problem"}
 
@@ -247,6 +249,35 @@ def test_wrong_flags(world, monkeypatch, capsys, tmp_path, flags, words):
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.startswith("error: ") and words in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_is_checked_by_the_command_line_of_its_run(world, tmp_path, monkeypatch, capsys):
+    """Flags over YAML over defaults, other settings of a run without effect; what is left behind is not in the run's way."""
+    rows = [chat(), picture(answer="z" * 300), {"chosen": chat()["messages"], "rejected": chat(answer="5")["messages"]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {"base_model": str(world / "vl"), "data_path": "gone.jsonl", "image_root": str(world), "max_length": 300,
+              "training_args": {"learning_rate": "5e-4", "per_device_train_batch_size": 1}, "output_dir": str(tmp_path / "run"),
+              "num_workers": 0}  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    given = ["--config", tmp_path / "recipe.yaml", "--data-path", tmp_path / "rows.jsonl"]
+
+    def problems(*more):
+        monkeypatch.setattr(sys, "argv", ["python -m data", *map(str, (*more[:1], *given, *more[1:]))])
+        code = doors.main()
+        found = tmp_path / "run" / "check" / "bad_rows.jsonl"
+        lines = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
+        assert code is None or code == bool(lines)
+        return [line["where"] for line in lines]
+
+    assert problems("check", "--use_lora", "--lora_r", "8", "--resume", "yes") == ["rows.jsonl:2"]  # pictures are in max_length
+    assert problems("check", "--max_length", "4000") == []
+    assert problems("check", "--max_length", "4000", "--stage", "dpo", "--dpo_beta", "0.2") == ["rows.jsonl:1", "rows.jsonl:2"]
+    assert problems("show", "--rows", "1") and (tmp_path / "run" / "check" / "show.html").exists()
+    open_folder(tmp_path / "run").release()
+    for flags, words in (["--dpo_beta", "0.2"], "belongs to --stage dpo"), (["--use_8bit"], "add --use_lora"):
+        with pytest.raises(UserError, match=words):
+            problems("check", *flags)
+    assert "per_device" not in capsys.readouterr().err
 
 
 def test_writes_below_the_output_folder_alone(check, world, monkeypatch):

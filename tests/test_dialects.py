@@ -273,6 +273,31 @@ def test_raw_guicourse_rows_are_sent_to_the_converter(write):
     assert ["data convert guicourse" in row["problem"] for row in bad] == [True, True]
 
 
+def test_rows_as_other_trainers_write_them(write, tmp_path):
+    """LLaMA-Factory's ShareGPT with calls, OpenAI's developer and weight, a picture as the datasets library puts it in JSON,
+    Alpaca, Dolly, and the NaN of pandas."""
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    said = [{"from": "human", "value": "weather?"}, {"from": "function_call", "value": '{"name": "w", "arguments": {"x": 1}}'},
+            {"from": "observation", "value": "sun"}, {"from": "gpt", "value": "sunny"}]  # fmt: skip
+    rows = [
+        {"conversations": said, "tools": '[{"name": "w"}]'},
+        {"messages": [{"role": "developer", "content": "S"}, USER, GOOD | {"weight": 0}, USER, GOOD | {"weight": 1}]},
+        {"messages": [USER, GOOD], "images": [{"bytes": None, "path": "a.png"}], "score": float("nan")},
+        {"instruction": "a", "input": "", "output": "b"}, {"instruction": "a", "context": "c", "response": "b"},
+        {"messages": [USER, GOOD], "image": float("nan")},
+    ]  # fmt: skip
+    records = open_records(write(rows))
+    call = {"type": "function", "function": {"name": "w", "arguments": {"x": 1}}}
+    assert [turn["role"] for turn in records[0].messages] == ["user", "assistant", "tool", "assistant"]
+    assert records[0].messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert [turn.get("train") for turn in records[1].messages] == [None, None, False, None, True]
+    assert records[1].messages[0]["role"] == "system" and not records.notes
+    assert records[2].image_sizes == [(40, 30)] and records[5].image_sizes == []
+    assert [records[n].messages[0]["content"] for n in (3, 4)] == ["a", "a\n\nc"]
+    bad = open_records(write([{"question": "a", "answer": "b"}]), on_bad_row="skip").bad[0]["problem"]
+    assert bad.startswith("no dialect has these keys: ['answer', 'question']; --prompt_template, --response_template and")
+
+
 def test_arguments_encoded_twice(write):
     call = {"name": "return_value", "arguments": json.dumps(json.dumps({"value": "x"}))}
     record = open_records(write([{"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]}]))[0]

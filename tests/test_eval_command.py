@@ -482,6 +482,7 @@ def preference_rows(path, num_rows):
 
 
 def test_preferences_are_measured_against_the_model_without_its_adapter(place, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)  # of lora_A
     model, family = load_model(place / "text", dtype="float32")
     settings = Settings(r=2)
     attach(model, family, settings)

@@ -33,7 +33,7 @@ FORKS = {
     "SimPO": "stages/simpo.py",
     "GRPO": "stages/grpo.py",
     "a new optimizer": "training/optim_lion.py",
-    "a dialect": "data/dialect_alpaca.py",
+    "a dialect": "data/dialect_gsm8k.py",
     "a metric": "eval/tasks/transcription.py",
 }
 SOURCES = ("data", "eval", "lora", "model", "stages", "training")
@@ -257,15 +257,13 @@ def test_lion_from_step_to_step(monkeypatch):
 
 @pytest.mark.slow
 def test_a_dialect(tmp_path, base):
-    """Alpaca's rows give the loss of the same questions and answers as chats."""
-    rows = [{"instruction": q, "input": "", "output": a} for q, a in CHATS]
-    rows[2] = {"instruction": "3 + 5", "input": "+ 1", "output": CHATS[2][1]}
-    path = write_rows(tmp_path / "alpaca.jsonl", rows)
+    """GSM8K's rows give the loss of the same questions and answers as chats."""
+    path = write_rows(tmp_path / "gsm8k.jsonl", [{"question": q, "answer": f"so\n#### {a}"} for q, a in CHATS])
     output, printed = run_fork(tmp_path, FORKS["a dialect"], base, path, "--max_steps", 1)
-    assert "5 rows to train on (5 Alpaca)" in printed
+    assert "5 rows to train on (5 GSM8K)" in printed
     _, family = load_model(base, dtype="float32")
-    examples = examples_of(base)
-    examples[2] = family.encode([{"role": "user", "content": "3 + 5\n\n+ 1"}, {"role": "assistant", "content": "nine"}])
+    answers = [{"role": "assistant", "content": f"so\n<answer>{a}</answer>"} for _, a in CHATS]
+    examples = [family.encode([{"role": "user", "content": q}, turn]) for (q, _), turn in zip(CHATS, answers, strict=True)]
     with torch.no_grad():
         assert losses_of(output) == pytest.approx([mean_loss(open_hub_model(base), examples).item()], abs=1e-5)
 

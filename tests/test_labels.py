@@ -13,6 +13,7 @@ from data.explain import explain
 from data.labels import MARKS, NO_LOSS, cut_turns, mask
 from model.families.qwen2 import render_with_tools
 from model.family import Options, find_family
+from model.tiny import write_tiny
 
 STOP = "<|im_end|>"
 TOKENIZERS = {"qwen2": "qwen2.5", "qwen2_5_vl": "qwen2.5-vl"}
@@ -384,6 +385,19 @@ def test_each_action_of_a_run_is_trained_once(caller):
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_template_is_read_once(tmp_path):
+    """A file a row and two encodings a turn are a third of what a check of text rows takes."""
+    write_tiny("qwen2", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(find_family(tmp_path).chat_template())
+    family, turns = find_family(tmp_path), [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    first = family.render(turns, None)
+    (tmp_path / "chat_template.jinja").unlink()
+    family.tokenizer.chat_template = None
+    assert family.render(turns, None) == first
+    assert family.pieces.encode_short.cache_info().hits > 0
+    assert len(family.pieces.ids("x" * 1000)) > 100 and family.pieces.encode_short.cache_info().currsize < 20
 
 
 def test_cut_turns_and_mask():

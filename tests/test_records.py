@@ -125,7 +125,7 @@ def test_tools_and_notes(write):
     tool = {"type": "function", "function": {"name": "click", "parameters": {"type": "object"}}}
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "click", "arguments": '{"mark_id": 3}'}] * 2}
     rows = [{"messages": [CHAT[0], call], "tools": [tool]}, {"messages": [CHAT[0], call], "tools": json.dumps([tool])},
-            {"messages": [CHAT[0], CHAT[1] | {"weight": 0, "name": None}], "tools": []}]
+            {"messages": [CHAT[0], CHAT[1] | {"weight": 0.5, "name": None}], "tools": []}]
     records = open_records(write(rows))
     assert [record.tools for record in records] == [[tool], [tool], None]
     assert records[1].messages[1]["tool_calls"] == [CALL, CALL]
@@ -179,9 +179,10 @@ BAD = {  # what the sentence says: the row
     "not a path": picture_row("a\0.png"),
     "text without chat markup": {"text": "Question and answer", "screenshot": "a.png"},
     "no dialect has these keys": {"instruction": "x"},
+    "['rows', 'version']; if the rows are in its 'rows', save that list alone": {"version": 1, "rows": [{"messages": CHAT}]},
     "not readable as messages": {"messages": None},
     "a row is not an object": [1],
-    "a number is NaN": {"messages": CHAT, "score": float("nan")},
+    "a number is infinite": {"messages": CHAT, "score": float("inf")},
     "not valid UTF-8": {"messages": user_and_answer("\ud800")},
 }
 
@@ -193,7 +194,7 @@ def test_bad_rows(write, expected):
 
 @pytest.mark.parametrize("line, expected", [
     (b'{"messages": ', "not valid JSON"), (b"[" * 100_000, "nested too deeply"), (b'{"a": ' * 100_000, "too deeply"),
-    (b'{"messages": "\xff\xfe"}', "not valid UTF-8"), (b'{"messages": 1e999}', "NaN or infinite"),
+    (b'{"messages": "\xff\xfe"}', "not valid UTF-8"), (b'{"messages": 1e999}', "a number is infinite"),
     (b'{"messages": ' + b"1" * 5000 + b"}", "not valid JSON"), (b"null", "not an object"), (b"\0\0", "not valid JSON"),
 ])
 def test_bad_lines(write, line, expected):
@@ -228,7 +229,7 @@ def test_byte_order_mark_and_line_ends(write):
 
 def test_one_bad_element_of_an_array(write):
     path = write([{"messages": CHAT, "score": "N"}, {"messages": CHAT, "score": "U"}, {"messages": CHAT}], "rows.json")
-    path.write_bytes(path.read_bytes().replace(b'"N"', b"NaN").replace(b'"U"', b'"\xff"'))
+    path.write_bytes(path.read_bytes().replace(b'"N"', b"-Infinity").replace(b'"U"', b'"\xff"'))
     records = open_records(path, on_bad_row="skip")
     assert [row["where"] for row in records.bad] == ["rows.json:1", "rows.json:2"] and records[0].where == "rows.json:3"
     path.write_text('[{"messages": []},\n{"a" 1}, {"b": [}], ' + json.dumps({"messages": CHAT}) + "]")  # brackets even out

@@ -198,6 +198,10 @@ def test_rows_are_chosen_by_number_id_or_place(place, tmp_path, monkeypatch, cap
     assert shown("--rows", "rows.jsonl:2,rows.jsonl:1") == ["rows.jsonl:2:", "rows.jsonl:1:"]
     with pytest.raises(UserError, match="--rows nobody: no good row"):
         shown("--rows", "nobody")
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="1 of 1 rows: bad.jsonl:1"):
+        flags = ["--base_model", place / "qwen2_5_vl", "--data_path", tmp_path / "bad.jsonl", "--output_dir", tmp_path]
+        run(monkeypatch, "show", *flags, "--on_bad_row", "skip")
     with pytest.raises(UserError, match="--data_path is missing"):
         run(monkeypatch, "show", "--base_model", place, "--output_dir", tmp_path)
 

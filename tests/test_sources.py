@@ -136,22 +136,36 @@ def test_csv_numbers_lines_and_keeps_text_as_text(tmp_path):
     assert [turn["content"] for turn in records[1].messages] == ['a "b"', "[1]"] and records[1].id == "rows.csv:5"
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_csv_with_another_separator(tmp_path, mark):
+    path = tmp_path / "rows.csv"
+    path.write_text(f'prompt{mark}completion\n"a{mark}, b"{mark}c, d\n', encoding="utf-8-sig")
+    (record,) = open_records(path)
+    assert [turn["content"] for turn in record.messages] == [f"a{mark}, b", "c, d"] and record.where == "rows.csv:2"
+
+
 def test_parquet_is_read_by_row_groups(tmp_path, monkeypatch):
     from data import tables
 
     rows = [chat(f"answer {n} " + "x" * 200, id=n) for n in range(100)]
     path = write_parquet(tmp_path / "rows.parquet", rows, row_group_size=7)
-    records = open_records(path)
-    for limit in (2**28, 1):
+    records, groups = open_records(path), []
+    parquet = pytest.importorskip("pyarrow.parquet")
+    read = parquet.ParquetFile.read_row_group
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", lambda self, n, **how: groups.append(n) or read(self, n, **how))
+    for limit, again in (2**28, 6), (3 * 7 * 300, 8), (1, 10):  # room for all groups, for three of them, for the one in use
         monkeypatch.setattr(tables, "HELD_BYTES", limit)
-        assert [records[n].id for n in (99, 0, 13, 14, 7, 6)] == ["99", "0", "13", "14", "7", "6"]
+        groups.clear()
+        tables._held.clear()
+        assert [records[n].id for n in (99, 0, 98, 1, 97, 30, 50, 70, 99, 0)] == "99 0 98 1 97 30 50 70 99 0".split()
+        assert len(groups) == again, groups
     assert len(tables._held) == 1
     assert sorted(tmp_path.iterdir()) == [path]
 
 
 def test_a_large_row_group_is_read_through_an_arrow_file(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr("data.tables.HELD_BYTES", 10)
+    monkeypatch.setattr("data.tables.GROUP_BYTES", 10)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [chat(f"{n}", id=f"r{n}") for n in range(70)]
     path = write_parquet(tmp_path / "rows.parquet", rows)
@@ -205,6 +219,35 @@ def test_a_folder_is_its_files_by_name(tmp_path, picture):
     assert [row["where"] for row in records.bad] == ["b.jsonl:2"] and len(records.image_sizes[2]) == 1
     with pytest.raises(UserError, match="b.jsonl:2.*1 of 5|1 of 5 rows: b.jsonl:2"):
         open_records(tmp_path)
+
+
+def test_a_folder_is_laid_out_as_on_the_hub_and_splits_are_never_mixed(tmp_path, capsys):
+    for name in ("data/train-00000-of-00002", "data/train-00001-of-00002", "data/test-00000-of-00001", "more/latest", "dev/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_parquet(tmp_path / f"{name}.parquet", [chat(name)])
+    for name in ("manifest.json", ".cache/x.json", "dataset_info.json", "bad_rows.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"no": "row"}')
+
+    def read(text):
+        records = open_records(text)
+        return [record.messages[-1]["content"] for record in records], capsys.readouterr().err
+
+    rows, said = read(tmp_path)
+    assert rows == ["data/train-00000-of-00002", "data/train-00001-of-00002", "more/latest"]
+    assert "is read as 3 files, data/train-00000-of-00002.parquet to more/latest.parquet; passed over 1 of " in said
+    assert "1 of test (data/test-00000-of-00001.parquet)" in said and "1 of validation (dev/a.parquet)" in said
+    assert read(f"{tmp_path}:test*2")[0] == ["data/test-00000-of-00001"] and read(f"{tmp_path}:val")[0] == ["dev/a"]
+    assert read(tmp_path / "dev")[0] == ["dev/a"]  # the folder itself was named
+    for path in (tmp_path / "data").glob("train*"):
+        path.unlink()
+    assert read(tmp_path)[0] == ["more/latest"]
+    (tmp_path / "more" / "latest.parquet").unlink()
+    with pytest.raises(UserError, match="held-out splits alone, 1 of test, 1 of validation; name one, such as .*:test"):
+        read(tmp_path)
+    with pytest.raises(UserError, match="no file of train, only 1 of test, 1 of validation"):
+        read(f"{tmp_path}:train")
+    assert read(tmp_path / "data")[0] == ["data/test-00000-of-00001"]
 
 
 def test_files_of_one_name_are_told_apart(tmp_path):
@@ -266,11 +309,13 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch, picture):
 
 @pytest.mark.parametrize("text, words", [
     ("{}/none.jsonl", "no file"), ("{}/none", "no file or folder"), ("{}/rows.jsonl*0", "weight of 0"),
-    ("{}/rows.jsonl,{}/x.json*2", "x.json"), ("{}/empty", "holds no file that ends in .json"), ("{}/rows.jsonl,", "no file"),
+    ("{}/rows.jsonl,{}/x.json*2", "x.json"), ("{}/rows.jsonl,", "no file"),
+    ("{}/empty", "no file that ends in .json.*there are x.jsonl.gz"),
 ])  # fmt: skip
 def test_what_is_not_there(tmp_path, text, words):
     write_jsonl(tmp_path / "rows.jsonl", [chat("a")])
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x.jsonl.gz").touch()
     with pytest.raises(UserError, match=words):
         open_records(text.replace("{}", str(tmp_path)))
 

@@ -203,6 +203,16 @@ def write_query_completion(draw):
     return {"query": query, "completion": answer["content"]}, [answer]
 
 
+def write_alpaca(draw):
+    row, [answer] = write_query_completion(draw)
+    return {"instruction": row["query"], "input": draw.text(), "output": answer["content"]}, [answer]
+
+
+def write_dolly(draw):
+    row, [answer] = write_query_completion(draw)
+    return {"instruction": row["query"], "context": "", "response": answer["content"], "category": "open"}, [answer]
+
+
 def write_chat_text(draw):
     if draw.family.image_token_id is None:
         return None
@@ -278,6 +288,7 @@ def write_table(draw):
 WRITERS = {
     "messages": write_messages, "messages with tools": write_tool_turns, "GUICourse": write_guicourse,
     "CogAgent": write_cogagent, "prompt/completion": write_prompt_completion, "query/completion": write_query_completion,
+    "instruction/output": write_alpaca, "instruction/response": write_dolly,
     "text + screenshot": write_chat_text, "Phi-3 cookbook": write_cookbook, "chosen/rejected": write_preference,
     "query + response_ws/response_ls": write_pair, "target/nums": write_countdown,
     "prompt/ground_truth": write_ground_truth, "WebVoyager": write_webvoyager, "Mind2Web": write_mind2web,
@@ -286,9 +297,9 @@ WRITERS = {
 
 
 def test_every_dialect_is_written_here():
-    """A dialect added to the project needs a writer too; two only say what to do instead."""
+    """A dialect added to the project needs a writer too; three only say what to do instead."""
     known = {entry.name for entry in DIALECTS} | {"table", "messages with tools"}
-    assert known - {"raw GUICourse", "whole Proxy-Lite run"} == set(WRITERS)
+    assert known - {"raw GUICourse", "raw Mind2Web", "whole Proxy-Lite run"} == set(WRITERS)
     assert set(ROLES.values()) == {"system", "user", "assistant", "tool"}
 
 

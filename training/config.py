@@ -198,7 +198,13 @@ def read_config(argv: list[str], stages: dict[str, type], demo: dict[str, Any] |
     each stage to the dataclass of its own flags; an instance of the chosen one becomes config.stage_options. Raises
     UserError for anything that is not known, not possible, or said twice and differently.
     """
-    flags = read_flags(argv, stages) if argv else [Said("no arguments", "demo", True)]
+    return settle_all(read_flags(argv, stages) if argv else [Said("no arguments", "demo", True)], stages, demo)[0]
+
+
+def settle_all(
+    flags: list[Said], stages: dict[str, type], demo: dict[str, Any] | None = None
+) -> tuple[Config, dict[str, Said]]:
+    """The same of flags that are read, and what was said about each field that is no default."""
     last_said = {said.key: said.value for said in flags}
     path = last_said.get("config")
     own = os.path.join(last_said.get("output_dir", ""), "run.yaml")
@@ -224,7 +230,7 @@ def read_config(argv: list[str], stages: dict[str, type], demo: dict[str, Any] |
     config = Config(**values, stage_options=owner(**options))
     config.output_dir = config.output_dir or os.path.join("checkpoints", config.stage)
     check(config, from_flags)
-    return config
+    return config, settled
 
 
 def read_flags(argv: list[str], stages: dict[str, type]) -> list[Said]:
@@ -246,6 +252,12 @@ def build_parser(stages: dict[str, type]) -> Parser:
         description="Fine-tune a language or vision-language model on one device.", allow_abbrev=False,
         epilog="Keys of the seeds (per_device_train_batch_size, target_modules, ...) are read too, here and in YAML.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=120))
+    add_settings(parser, stages)
+    return parser
+
+
+def add_settings(parser: Parser, stages: dict[str, type]) -> dict[str, argparse.Action]:
+    """The flags of build_parser(), by name."""
     flags = {}
     for field in dataclasses.fields(Config)[:-1]:
         if field.metadata["group"]:
@@ -265,7 +277,7 @@ def build_parser(stages: dict[str, type]) -> Parser:
         add_flag(parser, name, known[RENAMED.get(name, name)], listed=False)
     for name in IGNORED:
         add_flag(parser, name, None)
-    return parser
+    return flags
 
 
 def settle(source: list[Said], stage: str, stages: dict[str, type]) -> dict[str, Said]:
@@ -347,7 +359,7 @@ def check(config: Config, from_flags: dict[str, Said]) -> None:
     fraction = [name for name in ("warmup_steps", "eval_split")
                 if getattr(config, name) > 1 and not getattr(config, name).is_integer()]
     for refused, sentence in (
-        (missing, "--{} is missing; the shortest run is python train.py --base_model DIR --data_path FILE"),
+        (missing, "--{} is missing; at the least give --base_model DIR --data_path FILE"),
         (config.use_8bit and config.use_4bit, "use_8bit and use_4bit are both set; keep one"),
         ((config.use_8bit or config.use_4bit) and not config.use_lora,
          f"{bits} freezes the base, and nothing else would be trained; add --use_lora, or drop {bits}"),

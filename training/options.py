@@ -100,10 +100,19 @@ def convert_number(text: str, kind: type, field: dataclasses.Field, wrong: UserE
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse for its help and its splitting; what it finds wrong becomes our one sentence."""
+    """argparse for its help and its splitting; what it finds wrong becomes our one sentence, and --batch-size is read as
+    --batch_size."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(list(map(with_underscores, sys.argv[1:] if args is None else args)), namespace)
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message}; --help lists all flags")
+
+
+def with_underscores(arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
 
 
 class CollectFlag(argparse.Action):
@@ -135,15 +144,8 @@ def help_text(field: dataclasses.Field) -> str:
 
 
 def collect(parser: Parser, argv: list[str]) -> tuple[list[Said], list[str]]:
-    """What the flags of a command line say, in order, and the arguments that are no known flag or its value.
-
-    --batch-size is read as --batch_size.
-    """
-    def with_underscores(arg: str) -> str:
-        name, equals, value = arg.partition("=")
-        return "--" + name[2:].replace("-", "_") + equals + value if arg.startswith("--") else arg
-
-    found, rest = parser.parse_known_args([with_underscores(arg) for arg in argv], argparse.Namespace(said=[]))
+    """What the flags of a command line say, in order, and the arguments that are no known flag or its value."""
+    found, rest = parser.parse_known_args(argv, argparse.Namespace(said=[]))
     return found.said, rest
 
 

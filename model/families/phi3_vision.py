@@ -229,7 +229,7 @@ class Phi3Vision(Family):
 
     # ---- text -------------------------------------------------------------------------------------------------------
 
-    chat_template = ChatML.chat_template  # the folder's, wherever it lies
+    chat_template, template_file = ChatML.chat_template, ChatML.template_file  # the folder's, wherever it lies
 
     def load_tokenizer(self):
         """</s> is the one added token without the special flag; with it, a text that spells </s> stays text."""

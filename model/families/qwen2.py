@@ -100,6 +100,14 @@ class ChatML(Family):
 
     def chat_template(self) -> str:
         """The folder's template: chat_template.jinja, chat_template.json, then the tokenizer's."""
+        template = self.template_file or self.tokenizer.chat_template
+        if not template:
+            raise UserError(f"{self.folder}: has no chat template; copy chat_template.jinja of the Instruct model there")
+        return template
+
+    @cached_property
+    def template_file(self) -> str | None:
+        """The template that lies in a file of its own, read once."""
         if (path := self.folder / "chat_template.jinja").exists():
             return path.read_text(encoding="utf-8")
         if (path := self.folder / "chat_template.json").exists():
@@ -107,9 +115,7 @@ class ChatML(Family):
             if not isinstance(template, str):
                 raise UserError(f"{path}: holds no chat_template; download the file again")
             return template
-        if not self.tokenizer.chat_template:
-            raise UserError(f"{self.folder}: has no chat template; copy chat_template.jinja of the Instruct model there")
-        return self.tokenizer.chat_template
+        return None
 
     def default_system(self) -> str:
         """The system text that the folder's template puts where a conversation has none ("" if it puts none)."""
