@@ -13,6 +13,8 @@ MAX_DEPTH = 100  # of a row: what walks one later has Python's limit of 1,000 fr
 MARK = "<image>"
 MARKS = re.compile(r"(<image(?:_\d+)?>)")  # GUICourse numbers them where a row has several pictures
 PICTURE_KEYS = ("image", "images", "screenshot")
+# What a reader of one shape of row meets in a row of another shape.
+MISSHAPEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 TURN_KEYS = {"role", "from", "content", "value", "tool_calls", "train", *PICTURE_KEYS}
 ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
 
@@ -35,7 +37,8 @@ def short(value: object) -> str:
 # ---- JSON ----------------------------------------------------------------------------------------------------------
 
 def decode(raw: bytes | str) -> object:
-    """JSON that can be tokenized and written again: UTF-8, no lone surrogate, no NaN, no infinity, not MAX_DEPTH deep."""
+    """JSON that can be tokenized and written again: UTF-8, no lone surrogate, no NaN, no infinity, not MAX_DEPTH deep, and
+    no key twice in one object, of which JSON would keep the last in silence."""
     if len(raw) > MAX_ROW_BYTES:
         raise Problem("row too large", f"more than {MAX_ROW_BYTES:,} bytes")
     try:
@@ -71,7 +74,15 @@ def _finite(number: str) -> float:
     return value
 
 
-_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise Problem("a key stands twice in one object", short(next(name for name in names if names.count(name) > 1)))
+    return found
+
+
+_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_finite, object_pairs_hook=_once)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 

@@ -183,6 +183,7 @@ BAD = {  # what the sentence says: the row
     "a row is not an object": [1],
     "a number is NaN": {"messages": CHAT, "score": float("nan")},
     "not valid UTF-8": {"messages": user_and_answer("\ud800")},
+    "not readable as WebVoyager": {"web_name": "Allrecipes", "ques": None, "web": "https://x"},
 }
 
 
@@ -195,6 +196,7 @@ def test_bad_rows(write, expected):
     (b'{"messages": ', "not valid JSON"), (b"[" * 100_000, "nested too deeply"), (b'{"a": ' * 100_000, "too deeply"),
     (b'{"messages": "\xff\xfe"}', "not valid UTF-8"), (b'{"messages": 1e999}', "NaN or infinite"),
     (b'{"messages": ' + b"1" * 5000 + b"}", "not valid JSON"), (b"null", "not an object"), (b"\0\0", "not valid JSON"),
+    (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "'content'"),
 ])
 def test_bad_lines(write, line, expected):
     path = write([{"messages": CHAT}] * 3)
@@ -213,6 +215,14 @@ def test_a_row_that_is_too_long(write, monkeypatch):
     records = open_records(write(rows), on_bad_row="skip")
     assert "row too large" in records.bad[0]["problem"]
     assert [record.where for record in records] == ["rows.jsonl:1", "rows.jsonl:3"]
+    path = write([])
+    path.write_bytes(b" " * 4000 + json.dumps({"messages": CHAT}).encode())  # what is read of it is blank
+    assert "row too large" in open_records(path, on_bad_row="skip").bad[0]["problem"]
+
+
+def test_a_list_in_the_first_line_is_one_bad_row(write):
+    records = open_records(write([[1], {"messages": CHAT}]), on_bad_row="skip")
+    assert [row["where"] for row in records.bad] == ["rows.jsonl:1"] and records[0].where == "rows.jsonl:2"
 
 
 def test_byte_order_mark_and_line_ends(write):
@@ -331,6 +341,14 @@ def test_rows_are_read_from_disk_again(write):
     path.write_bytes(path.read_bytes().replace(b"role", b"rule"))
     with pytest.raises(UserError, match="rows.jsonl:8 was good"):
         records[7]
+
+
+def test_a_row_does_not_take_the_place_of_another(write):
+    path = write([{"messages": user_and_answer("a")}, {"messages": user_and_answer("b")}])
+    records = open_records(path)
+    path.write_bytes(b"\n".join(reversed(path.read_bytes().splitlines())) + b"\n")  # both are good, and as long
+    with pytest.raises(UserError, match="rows.jsonl:1 .* is not now: its text was changed"):
+        records[0]
 
 
 def test_a_file_of_rows_does_not_stay_in_memory(write):
