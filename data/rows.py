@@ -15,7 +15,7 @@ from typing import Any
 
 from data.batches import epoch_order, hash_seed
 from data.boxes import boxes_of
-from data.errors import UserError
+from data.errors import UserError, printable
 from data.lengths import Lengths, find_longest, measure, remedy
 from data.records import Record, Records, read_sources
 from data.sources import name_apart, open_sources
@@ -61,7 +61,7 @@ class Rows:
         if bad and self.on_bad_row == "stop":
             raise UserError(f"{bad[0]}; correct it and start again, or go on without it: --on_bad_row skip --resume yes")
         for error in bad:
-            print(f"skipped {error}")
+            print(f"skipped {printable(str(error))}")
             self.refuse([{"where": error.where, "id": error.id, "problem": str(error).removeprefix(f"{error.where}: ")}])
         return [e for e in examples if not isinstance(e, UserError)]
 

@@ -133,8 +133,8 @@ def test_guichat_rows():
     (guienv(question="<box>0.1, 0.2, 1.3, 0.4</box>"), "outside of the picture"),
     (guiact(action("tap", point={"related": "<point>-0.1, 0.5</point>"})), "outside of the picture"),
     (guiact(action("scroll", scroll={"down": "1e999", "right": "0"})), "OverflowError"),
-    (guiact(action("enter"), question=None), "TypeError"), (guienv(task_type="text2bbox", question=None, answer=BOX), "TypeErr"),
-    (guiact(action("enter"), image_id=["i"]), "id is no text"),
+    (guiact(action("enter"), question=None), "TypeError"), (guiact(action("enter"), image_id=["i"]), "id is no text"),
+    (guienv(task_type="text2bbox", question=None, answer=BOX), "TypeError"),
 ])
 def test_rows_that_are_not_converted(raw, expected):
     with pytest.raises(Problem, match=expected):
