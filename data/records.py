@@ -141,8 +141,10 @@ class Part:
             if sum_of(raw) != self.sums[index]:  # a good row too would be one in the place of another
                 raise Problem("its text was changed")
             return self.record(raw, where, Counter())
-        except (Problem, OSError) as problem:
-            raise UserError(f"{where} was good when the run began and is not now: {problem}") from None
+        except (Problem, OSError, UserError) as problem:
+            error = UserError(f"{where}: it was good when the run began and is not now: {problem}")
+            error.where = error.id = where
+            raise error from None
 
     def describe(self) -> dict:
         """For the journal and the report: the file, its rows, refused ones included, and what it is known by."""

@@ -57,12 +57,14 @@ class Rows:
     def usable(self, examples: list) -> list:
         """The examples without the rows that turned out bad in a worker. Raises the first one's UserError unless such
         rows are to be skipped; then they are counted and written down."""
-        bad = [e for e in examples if isinstance(e, UserError)]
+        errors = [e for e in examples if isinstance(e, UserError)]
+        bad = [{"where": e.where, "id": e.id, "problem": str(e).removeprefix(f"{e.where}: ")} for e in errors]
+        sentences = [f"{row['where']}: {row['problem']}" for row in bad]
         if bad and self.on_bad_row == "stop":
-            raise UserError(f"{bad[0]}; correct it and start again, or go on without it: --on_bad_row skip --resume yes")
-        for error in bad:
-            print(f"skipped {printable(str(error))}")
-            self.refuse([{"where": error.where, "id": error.id, "problem": str(error).removeprefix(f"{error.where}: ")}])
+            raise UserError(f"{sentences[0]}; correct it and start again, or go on without it: --on_bad_row skip --resume yes")
+        for sentence in sentences:
+            print(f"skipped {printable(sentence)}")
+        self.refuse(bad)
         return [e for e in examples if not isinstance(e, UserError)]
 
     def refuse(self, bad: list[dict]) -> None:

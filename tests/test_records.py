@@ -339,7 +339,7 @@ def test_rows_are_read_from_disk_again(write):
     with pytest.raises(IndexError):
         records[50]
     path.write_bytes(path.read_bytes().replace(b"role", b"rule"))
-    with pytest.raises(UserError, match="rows.jsonl:8 was good"):
+    with pytest.raises(UserError, match="rows.jsonl:8: it was good"):
         records[7]
 
 
@@ -347,7 +347,7 @@ def test_a_row_does_not_take_the_place_of_another(write):
     path = write([{"messages": user_and_answer("a")}, {"messages": user_and_answer("b")}])
     records = open_records(path)
     path.write_bytes(b"\n".join(reversed(path.read_bytes().splitlines())) + b"\n")  # both are good, and as long
-    with pytest.raises(UserError, match="rows.jsonl:1 .* is not now: its text was changed"):
+    with pytest.raises(UserError, match="^rows.jsonl:1: .* is not now: its text was changed"):
         records[0]
 
 
