@@ -41,7 +41,7 @@ class Rows:
         dialects = ", ".join(f"{count} {name}" for name, count in self.train.dialects.items())
         notes = "".join(f"; {count} x {note}" for note, count in self.train.notes.items())
         held = "".join(f", {len(rows)} in {name}" for name, (_, rows) in self.eval_sets.items())
-        total = sum(file["rows"] for file in self.files)
+        total = sum({file["file"]: file["rows"] for file in self.files}.values())  # one may be trained on and evaluated
         skipped = f"skipped {len(self.bad)} of {total} rows\n" if self.bad else ""
         weights = [f"{part.source.entry} x {part.source.weight:g}" for part in self.train.parts]
         weighed = f", an epoch is {', '.join(dict.fromkeys(weights))}" if any(not w.endswith(" x 1") for w in weights) else ""
