@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from data.batches import hash_seed, pack_row
 from data.labels import Example
-from model.family import Model
+from model.family import Family, Model
 from model.head import CHUNK_BYTES
 
 
@@ -69,12 +69,17 @@ def generate(
             decoding.repeat(num_samples)
             ids, logprobs = decode(decoding, max_new_tokens, stops, uniform.to(model.device), pick)
             for row, chosen, values in zip(rows, ids, logprobs, strict=True):
-                stopped = chosen[-1] in stops
-                text = model.family.tokenizer.decode(
-                    chosen[:-1] if stopped else chosen, skip_special_tokens=False, clean_up_tokenization_spaces=False
-                )
-                answers[row] = Answer(chosen, model.family.answer_text(text), stopped, values)
+                answers[row] = make_answer(model.family, chosen, values, stops)
     return answers
+
+
+def make_answer(family: Family, ids: list[int], logprobs: list[float], stops: list[int]) -> Answer:
+    """The Answer of what was chosen until a stop id, or until there was no more room."""
+    stopped = ids[-1] in stops
+    text = family.tokenizer.decode(
+        ids[:-1] if stopped else ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return Answer(ids, family.answer_text(text), stopped, logprobs)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ is kept in reward_cache.jsonl, so that an evaluation that was cut off or is repe
 """
 
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -48,14 +49,19 @@ class RewardModel:
     """A sequence classifier with one output, in its own chat template: the output is the score."""
 
     def __init__(self, folder: str):
-        """Raises UserError for a folder that holds no such model in safetensors."""
+        """Raises UserError for a folder that holds no such model in safetensors, or not all of its weights."""
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.set_verbosity_error()  # a page on each weight that is missing: said below in one sentence
+        logging.disable_progress_bar()
         local = {"local_files_only": True, "trust_remote_code": False}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-            self.net = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto", use_safetensors=True, **local)
+            self.net, found = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype="auto", use_safetensors=True, output_loading_info=True, **local
+            )
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--reward {folder}: transformers opens no sequence classifier from it ({error})") from None
         if self.net.config.num_labels != 1 or not self.tokenizer.chat_template:
@@ -64,7 +70,11 @@ class RewardModel:
                 f"--reward {folder}: has {self.net.config.num_labels} outputs and {template} chat template; a reward model "
                 "has one of each"
             )
+        if found["missing_keys"]:
+            names = ", ".join(sorted(found["missing_keys"])[:3])
+            raise UserError(f"--reward {folder}: its files hold no {names}, so its scores would be random; take a reward model")
         self.net = self.net.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.num_bytes = sum(parameter.nbytes for parameter in self.net.parameters())
 
     def __call__(self, replies: list[Reply]) -> list[dict[str, float]]:
         return [{"score": self.score(conversation_of(reply))} for reply in replies]
@@ -88,11 +98,19 @@ class Server:
         self.url = rest.rstrip("/") + "/chat/completions"
         self.spacing = 60 / requests_per_minute if requests_per_minute else 0.0
         self.pause_seconds, self.lock, self.next_start = pause_seconds, threading.Lock(), 0.0
-        self.path = folder / "reward_cache.jsonl" if folder else None
+        self.path: Path | None = None
         self.known: dict[str, str] = {}
-        if self.path and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]  # what a kill left half written is asked again
-            self.known = {line["key"]: line["reply"] for line in map(json.loads, lines)}
+        if folder:
+            self.keep_in(folder)
+
+    def keep_in(self, folder: Path) -> None:
+        """From now on keep every reply in reward_cache.jsonl of this folder; those that lie there are known."""
+        self.path = folder / "reward_cache.jsonl"
+        if self.path.exists():
+            lines = self.path.read_bytes()
+            whole = lines.rfind(b"\n") + 1
+            os.truncate(self.path, whole)  # what a kill left half written is asked again
+            self.known |= {line["key"]: line["reply"] for line in map(json.loads, lines[:whole].splitlines())}
 
     def ask(self, messages: list[dict[str, str]], **settings: Any) -> str:
         """The model's reply to a conversation. Raises UserError where the server refuses or stays away."""
@@ -126,7 +144,7 @@ class Server:
                     raise UserError(f"{self.url} refuses {self.model}: {problem}{hint}") from None
                 wanted = error.headers.get("Retry-After", "")
                 pause = float(wanted) if wanted.isdecimal() else pause
-            except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
+            except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, or one that broke off
                 problem = str(getattr(error, "reason", error))
             if number + 1 < NUM_TRIES:
                 time.sleep(pause)
@@ -143,9 +161,12 @@ class Server:
         """The text of a reply. Raises UserError for one in another form."""
         try:
             message = reply["choices"][0]["message"]
-            return (message[0] if isinstance(message, list) else message)["content"]
+            text = (message[0] if isinstance(message, list) else message)["content"]
         except (LookupError, TypeError):
-            raise UserError(f"{self.url} answers in another form than chat completions: {str(reply)[:200]}") from None
+            text = None
+        if not isinstance(text, str):
+            raise UserError(f"{self.url} answers in another form than chat completions: {str(reply)[:200]}")
+        return text
 
 
 class ServedReward:

@@ -41,10 +41,11 @@ EXACT = {
 def countdown(response: str, numbers: list[int], target: int) -> dict[str, float]:
     """Whether the last <answer> makes the target from the numbers, each used exactly once, by + - * / exactly.
 
-    An answer may end in `= target`, and may spell the signs as U+00D7 and U+00F7. Returns score (1 if correct, 0.1 if
-    there is an answer in its tags, else 0), correct, format (such an answer), valid (an expression of these numbers),
-    num_answers.
+    An answer may end in `= target`, and may spell the signs as U+00D7 and U+00F7; a minus is free, so a number counts
+    without its own. Returns score (1 if correct, 0.1 if there is an answer in its tags, else 0), correct, format (such an
+    answer), valid (an expression of these numbers), num_answers.
     """
+    numbers, target = [abs(int(number)) for number in numbers], Fraction(target)  # also of text, as some tables have them
     answers = [part.rpartition(OPENING)[2] for part in response.split(CLOSING)[:-1] if OPENING in part]
     value = exact_value(answers[-1], numbers, target) if answers else None
     correct = value is not None and value == target
@@ -57,7 +58,7 @@ def countdown(response: str, numbers: list[int], target: int) -> dict[str, float
     }
 
 
-def exact_value(answer: str, numbers: list[int], target: int) -> Fraction | None:
+def exact_value(answer: str, numbers: list[int], target: Fraction) -> Fraction | None:
     """The value of an answer; None where it is no expression of the numbers, or claims to equal another number."""
     expression, equals, claim = " ".join(answer.split()).partition("=")
     if equals and claim.strip() != str(target):
@@ -182,6 +183,8 @@ def find_reward(name: str, folder: Path | None = None, requests_per_minute: floa
     """
     if name in RULES:
         return partial(each, RULES[name])
+    if name.startswith("pairwise:"):
+        raise UserError(f"--reward {name}: compares two models' answers; --task win_rate takes it, here name what scores one")
     if "@http" in name:
         from eval.judges import ServedReward, Server
 
@@ -200,8 +203,19 @@ def find_reward(name: str, folder: Path | None = None, requests_per_minute: floa
 
 
 def each(rule: Callable[[Reply], dict[str, float]], replies: list[Reply]) -> list[dict[str, float]]:
-    """A rule on every reply. Raises UserError where it gives no score."""
-    found = [rule(reply) for reply in replies]
-    if not all("score" in values for values in found):
-        raise UserError(f'the reward gives {found[0]}; a reward gives a dict with "score" in it')
+    """A rule on every reply. UserError with the row for one that cannot be judged, or is not given numbers with a score."""
+    found = []
+    for reply in replies:
+        try:
+            found.append(as_numbers(rule(reply)))
+        except UserError as error:
+            raise UserError(f"{reply.where}: {error}") from None
     return found
+
+
+def as_numbers(values: Any) -> dict[str, float]:
+    """What a reward gave, as floats. Raises UserError for anything but numbers by name, a score among them."""
+    try:
+        return {"score": float(values["score"])} | {name: float(value) for name, value in values.items()}
+    except (TypeError, LookupError, AttributeError, ValueError):
+        raise UserError(f'the reward gives {values!r}; a reward gives numbers by name, {{"score": ..}} at least') from None

@@ -17,7 +17,7 @@ into text), and `Stage`:
     loss(model, packed, total) -> (sum of losses / total, figures by name, each a sum / total too)
 
     Stage.num_answers               how many answers of max_new_tokens are sampled to a row in collect()
-    Stage.held_bytes                what the stage itself keeps in memory, for the plan
+    Stage.held_bytes                what the stage itself keeps in memory, bytes by name, for the plan
     Stage.task                      what answers are scored by in a run's evaluation where eval_task does not say; or None
 
 sft.Stage has a plain answer to each, for a stage to inherit. `Flags.defaults` may hold other defaults of train.py's settings

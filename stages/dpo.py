@@ -6,18 +6,16 @@ leading away from it costs. With an adapter the reference is the same weights wi
 two numbers a pair are computed before the first step, kept in reference.safetensors and read by row from then on.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.errors import UserError
 from stages import sft
 from training.options import option
+from training.reference import FILE, SAVE_SECONDS, Known, fingerprint, key_of, read_reference, write_reference
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +24,6 @@ if TYPE_CHECKING:
     from data.labels import Example
     from data.records import Record
     from model.family import Model
-
-FILE, SAVE_SECONDS = "reference.safetensors", 300
-Known = dict[bytes, tuple[float, float]]  # key_of(pair) -> the reference's log-probabilities of chosen and rejected
 
 
 @dataclass
@@ -105,9 +100,10 @@ class Stage(sft.Stage):
             side.values = {"num_tokens": float(side.num_supervised)}
         pair = Pair(*sides)
         if self.known is not None:
-            found = self.known.get(key_of(pair))
+            found = self.known.get(key_of(sides))
             if found is None:
-                raise UserError(f"{record.where}: the row or its picture is not what it was when {FILE} was made; put it back")
+                raise UserError(f"{record.where}: the row or its picture is not what it was when {FILE} was made; put it back, "
+                                "or delete that file to have it made again")
             for side, logprob in zip(sides, found, strict=True):
                 side.values["reference"] = logprob
         return pair
@@ -169,7 +165,8 @@ class Stage(sft.Stage):
 
         if not self.precomputes:
             return
-        path, purpose, num_steps = run.folder / FILE, fingerprint(run), run.batches.steps_per_epoch
+        path, purpose = run.folder / FILE, fingerprint(run)
+        num_steps = min(run.batches.steps_per_epoch, run.last)
         known, num_done = read_reference(path, purpose)
         started = saved = time.monotonic()
         if num_done <= num_steps:
@@ -194,7 +191,8 @@ class Stage(sft.Stage):
             packed = pack_row(sum(map(self.sequences, row), [])).to(run.device)
             with run.precision.autocast():
                 logprobs = self.reference_logprobs(run.model, packed).tolist()
-            known.update(zip(map(key_of, row), zip(logprobs[0::2], logprobs[1::2], strict=True), strict=True))
+            keys = [key_of(self.sequences(pair)) for pair in row]
+            known.update(zip(keys, zip(logprobs[0::2], logprobs[1::2], strict=True), strict=True))
 
     def measure_evaluation(self, run: Any, known: Known) -> None:
         """measure() for the pairs that the run is evaluated on, in evaluation's own packed rows."""
@@ -218,55 +216,3 @@ def pair_losses(difference: "torch.Tensor", flags: Flags) -> "torch.Tensor":
         return (difference - 1 / (2 * flags.dpo_beta)) ** 2
     right, wrong = F.logsigmoid(flags.dpo_beta * difference), F.logsigmoid(-flags.dpo_beta * difference)
     return -(1 - flags.label_smoothing) * right - flags.label_smoothing * wrong
-
-
-# ---- reference.safetensors: what the reference says of each pair, under a hash of the pair --------------------------------
-
-
-def key_of(pair: Pair) -> bytes:
-    """16 bytes that stand for all that the network sees of a pair."""
-    from model.shards import tensor_bytes
-
-    digest = hashlib.sha256()
-    for example in (pair.chosen, pair.rejected):
-        digest.update(tensor_bytes(example.input_ids))
-        digest.update(tensor_bytes(example.labels))
-    for _, tensor in sorted(pair.chosen.pixels.items()):
-        digest.update(tensor_bytes(tensor))
-    return digest.digest()[:16]
-
-
-def fingerprint(run: Any) -> str:
-    """sha256 of what the numbers depend on: settings, files of rows, and every weight of the start."""
-    from model.shards import tensor_bytes
-
-    digest = hashlib.sha256(json.dumps([run.identity, run.rows.files], sort_keys=True).encode())
-    for _, parameter in run.model.named_parameters():
-        digest.update(tensor_bytes(parameter))
-    return digest.hexdigest()
-
-
-def read_reference(path: Path, purpose: str) -> tuple[Known, int]:
-    """(pairs, steps of the first epoch that were done) of a file made for this purpose; nothing of any other."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("purpose") != purpose:
-                return {}, 0
-            keys, logprobs = file.get_tensor("keys"), file.get_tensor("logprobs")
-    except (FileNotFoundError, SafetensorError):
-        return {}, 0
-    return {bytes(key): tuple(two) for key, two in zip(keys.tolist(), logprobs.tolist(), strict=True)}, int(metadata["steps"])
-
-
-def write_reference(path: Path, purpose: str, known: Known, num_done: int) -> None:
-    """Two fp32 numbers and a key a pair; whole or not at all."""
-    import torch
-
-    from model.shards import write_file
-
-    tensors = {"keys": torch.tensor([list(key) for key in known], dtype=torch.uint8).reshape(-1, 16)}  # (N, 16)
-    tensors["logprobs"] = torch.tensor(list(known.values()), dtype=torch.float32).reshape(-1, 2)  # (N, 2)
-    write_file(path, tensors, {"purpose": purpose, "steps": str(num_done)})

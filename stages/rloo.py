@@ -10,12 +10,13 @@ the ratio needs in the very arithmetic of training; a sampler's differ in their 
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from data.errors import UserError
 from stages import sft
+from training.guards import halving
 from training.options import option
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from eval.generate import Answer
     from eval.metrics import Reply
     from eval.tasks import Task
+    from eval.vllm_backend import Engine
     from model.family import Model
 
 NOT_SHOWN = ("advantage", "old_logprob")  # values of an answer that are no figures of the step
@@ -37,6 +39,7 @@ SMALLEST_SPREAD = 1e-4  # what --advantage group_std adds to the standard deviat
 class Flags:
     reward: str | None = option(None, "what judges an answer: a rule (countdown, text, box_iou, ..), a reward model's folder, "
                                 "MODEL@URL of a server, or module:function of yours", shown="NAME")
+    requests_per_minute: float = option(0.0, "to a reward's server at most; 0: as many as it takes", steers=False)
     num_samples: int = option(8, "answers to each prompt, of max_new_tokens at most: CS224R's 8; TRL takes 2", low=2)
     temperature: float = option(1.0, "of sampling and of every log-probability: TRL's and CS224R's 1", low=0.01)
     advantage: str = option("loo", "of an answer: reward less the mean of the prompt's other answers (loo), less the mean of "
@@ -52,6 +55,8 @@ class Flags:
     mask_truncated_completions: bool = option(False, "no loss for answers that max_new_tokens cut off; their rewards stay in "
                                               "the baseline")
     missing_eos_penalty: float = option(0.0, "reward that an answer cut off by max_new_tokens loses")
+    rollout_backend: str = option("own", "what samples: eval/generate.py, or vllm, which is to be installed beside this",
+                                  words="own vllm")
 
     # CS224R's constant rate. Without dropout the first ratio of policy and sampler is 1; evaluation is by answers.
     defaults = {"lora_dropout": 0.0, "lr_schedule": "constant", "predict_with_generate": True}
@@ -89,11 +94,18 @@ class Stage(sft.Stage):
 
         super().__init__(flags, model, max_length)
         self.flags, self.num_answers = flags, flags.num_samples
-        self.judge = find_reward(flags.reward)
+        self.judge = find_reward(flags.reward, requests_per_minute=flags.requests_per_minute)
+        self.held_bytes = {"reward model": getattr(self.judge, "num_bytes", 0)}
         self.reference = reference_of(model) if flags.kl_beta else None
         if flags.kl_beta and self.reference is None:  # the weights themselves are trained: a second set of them is held
             self.reference = reference_of(model, copy=True)
-            self.held_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+            self.held_bytes["reference weights"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        self.engine = None  # vLLM's, started when it is first asked
+        if flags.rollout_backend == "vllm":
+            from eval import vllm_backend
+
+            vllm_backend.check(model)
+            self.held_bytes["vLLM and its weights"] = vllm_backend.held_bytes(model)
 
     @property
     def task(self) -> "Task":
@@ -108,8 +120,12 @@ class Stage(sft.Stage):
         return Question(prompt, record)
 
     def prepare(self, run: Any) -> None:
-        """A resumed run must sample answers as long as before."""
+        """A resumed run must sample answers as long as before, and be told what a server has said of them before."""
+        from eval.judges import ServedReward
+
         run.identity["max_new_tokens"] = run.config.max_new_tokens
+        if isinstance(self.judge, ServedReward):
+            self.judge.server.keep_in(run.folder)
 
     def sequences(self, row: "Question | Example") -> list["Example"]:
         return [getattr(row, "prompt", row)]
@@ -126,26 +142,25 @@ class Stage(sft.Stage):
             return [[]]
         started = time.perf_counter()
         replies, examples = self.sample(run, questions)
-        scores = self.rewards(replies)
+        found = self.rewards(replies)
         sampled = time.perf_counter()
-        logprobs, entropies, references = halving(run.state, "micro_tokens", lambda: self.score(run, examples))
-        kl = [ours - theirs for ours, theirs in zip(logprobs, references, strict=True)]
-        rewards = [values["score"] - self.flags.missing_eos_penalty * (not reply.stopped)
-                   for values, reply in zip(scores, replies, strict=True)]  # fmt: skip
-        found = shaped_advantages(rewards, kl, self.flags)
-        shared = set.intersection(*map(set, scores)) - {"score"}
-        spreads = spread_by_prompt(rewards, self.flags.num_samples)
-        scored = time.perf_counter()
-        for number, (example, reply) in enumerate(zip(examples, replies, strict=True)):
-            masked = self.flags.mask_truncated_completions and not reply.stopped
-            example.values = {
-                "advantage": 0.0 if masked else found[number], "old_logprob": logprobs[number], "reward": rewards[number],
-                "reward_spread": spreads[number], "no_signal": float(spreads[number] == 0),
-                "entropy": entropies[number] / example.num_supervised, "answer_tokens": float(example.num_supervised),
-                "stop_rate": float(reply.stopped), "sampling_seconds": sampled - started, "scoring_seconds": scored - sampled,
-            }  # fmt: skip
-            example.values |= {"kl": kl[number]} if self.reference else {}
-            example.values |= {f"reward_{name}": float(scores[number][name]) for name in sorted(shared)}
+        logprob, entropy, reference = halving(run.state, "micro_tokens", lambda: self.score(run, examples))  # (N,) each
+        seconds = {"sampling_seconds": sampled - started, "scoring_seconds": time.perf_counter() - sampled}
+        scores = {name: column(one[name] for one in found) for name in sorted(set.intersection(*map(set, found)))}
+        stopped, num_tokens = column(r.stopped for r in replies), column(e.num_supervised for e in examples)
+        reward = scores.pop("score") - self.flags.missing_eos_penalty * (1 - stopped)
+        kl = logprob - reference
+        advantage = shaped_advantages(reward, kl, self.flags)
+        if self.flags.mask_truncated_completions:
+            advantage = advantage * stopped
+        spread = spread_by_prompt(reward, self.num_answers)
+        values = {
+            "advantage": advantage, "old_logprob": logprob, "reward": reward, "reward_spread": spread, "no_signal": spread == 0,
+            "entropy": entropy / num_tokens, "answer_tokens": num_tokens, "stop_rate": stopped,
+            "sampler_kl": column(e.values["sampler_logprob"] for e in examples) - logprob,
+        } | ({"kl": kl} if self.reference else {}) | {f"reward_{name}": score for name, score in scores.items()}  # fmt: skip
+        for number, example in enumerate(examples):
+            example.values = {name: float(of_all[number]) for name, of_all in values.items()} | seconds
         if run.journal is not None:
             self.write_samples(run, replies, examples)
         return [examples] * self.flags.num_iterations
@@ -165,11 +180,19 @@ class Stage(sft.Stage):
     def answer(self, run: Any, prompts: list["Example"], seed: int) -> list["Answer"]:
         from eval.generate import generate
 
+        settings = {"temperature": self.flags.temperature, "num_samples": self.num_answers, "seed": seed}
+        if self.flags.rollout_backend == "vllm":
+            return self.start_engine(run).generate(prompts, run.config.max_new_tokens, **settings)
         with run.precision.autocast():
-            return generate(
-                run.model, prompts, run.config.max_new_tokens, temperature=self.flags.temperature,
-                num_samples=self.num_answers, seed=seed, batch_tokens=run.state.cache_tokens,
-            )
+            return generate(run.model, prompts, run.config.max_new_tokens, **settings, batch_tokens=run.state.cache_tokens)
+
+    def start_engine(self, run: Any) -> "Engine":
+        from eval.vllm_backend import Engine
+
+        if self.engine is None:
+            tokens = run.state.cache_tokens
+            self.engine = Engine(run.model, run.adapter_settings, run.precision.compute, tokens, tokens // self.num_answers)
+        return self.engine
 
     def join(self, question: Question, answer: "Answer") -> "Example":
         """Prompt and answer as an Example whose supervised tokens are the answer's, the stop token included."""
@@ -178,7 +201,7 @@ class Stage(sft.Stage):
         prompt = question.prompt
         ids, labels = prompt.input_ids.tolist() + answer.ids, [NO_LOSS] * len(prompt) + answer.ids
         example = self.family.example(ids, labels, prompt.pixels)
-        example.id, example.where = prompt.id, prompt.where
+        example.id, example.where, example.values = prompt.id, prompt.where, {"sampler_logprob": sum(answer.logprobs)}
         return example
 
     def rewards(self, replies: list["Reply"]) -> list[dict[str, float]]:
@@ -194,8 +217,8 @@ class Stage(sft.Stage):
                 raise UserError(f"{reply.where}: --reward {self.flags.reward} gives a score of {values['score']}")
         return found
 
-    def score(self, run: Any, examples: list["Example"]) -> tuple[list[float], list[float], list[float]]:
-        """log p, entropy (a sum over the tokens) and the reference's log p of each answer, in training's packed rows."""
+    def score(self, run: Any, examples: list["Example"]) -> "torch.Tensor":
+        """log p, entropy (a sum over the tokens) and the reference's log p of N answers, in training's packed rows: (3, N)."""
         import torch
 
         from data.batches import group, pack_row
@@ -212,7 +235,7 @@ class Stage(sft.Stage):
                 if self.reference:
                     with self.reference():
                         found[rows, 2] = sequence_logprobs(run.model, packed, self.flags.temperature).cpu().double()
-        return tuple(found.T.tolist())
+        return found.T
 
     def logprobs_and_entropies(self, model: "Model", packed: "Packed") -> "torch.Tensor":
         """log p of each example's answer and the sum of its tokens' entropies, at the sampling temperature: (S, 2)."""
@@ -255,20 +278,11 @@ class Stage(sft.Stage):
         return -gain.sum() / total, figures | {"clipped": ((ratio.detach() - 1).abs() > reach).sum() / total}
 
 
-def halving(state: Any, name: str, work: Callable[[], Any]) -> Any:
-    """work(), again with half as many positions at once (state.name) as often as the memory does not do."""
-    from training.guards import is_out_of_memory
+def column(numbers: Iterable[float]) -> "torch.Tensor":
+    """One number of each of the N answers: (N,) float64."""
+    import torch
 
-    while True:
-        try:
-            return work()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        if getattr(state, name) < 2:
-            raise UserError("out of memory with the answers to one prompt; lower --num_samples or --max_new_tokens")
-        setattr(state, name, getattr(state, name) // 2)
-        print(f"out of memory: answers are sampled and scored again with {name} {getattr(state, name)}")
+    return torch.tensor([float(number) for number in numbers], dtype=torch.float64)
 
 
 def advantages(rewards: "torch.Tensor", kind: str) -> "torch.Tensor":
@@ -283,19 +297,16 @@ def advantages(rewards: "torch.Tensor", kind: str) -> "torch.Tensor":
     return away if kind == "group" else away / (rewards.std(1, keepdim=True) + SMALLEST_SPREAD)
 
 
-def shaped_advantages(rewards: list[float], kl: list[float], flags: Flags) -> list[float]:
+def shaped_advantages(reward: "torch.Tensor", kl: "torch.Tensor", flags: Flags) -> "torch.Tensor":
     """The advantage of each answer from its reward and its log p - log reference, an estimate of KL(p || reference) that
-    may be negative (k1); a prompt's answers stand side by side."""
-    import torch
-
-    reward, cost = (torch.tensor(x, dtype=torch.float64).reshape(-1, flags.num_samples) for x in (rewards, kl))
-    cost = flags.kl_beta * cost
+    may be negative (k1): (N,), (N,) -> (N,); a prompt's answers stand side by side."""
+    reward, cost = (x.reshape(-1, flags.num_samples) for x in (reward, flags.kl_beta * kl))
     if flags.kl_placement == "reward":
-        return advantages(reward - cost, flags.advantage).flatten().tolist()
-    return (advantages(reward, flags.advantage) - cost).flatten().tolist()
+        return advantages(reward - cost, flags.advantage).flatten()
+    return (advantages(reward, flags.advantage) - cost).flatten()
 
 
-def spread_by_prompt(rewards: list[float], num_samples: int) -> list[float]:
-    """For each answer the largest less the smallest reward of its prompt's answers; 0: the prompt teaches nothing."""
-    groups = [rewards[start : start + num_samples] for start in range(0, len(rewards), num_samples)]
-    return [max(group) - min(group) for group in groups for _ in group]
+def spread_by_prompt(reward: "torch.Tensor", num_samples: int) -> "torch.Tensor":
+    """For each answer the largest less the smallest reward of its prompt's answers, (N,); 0: the prompt teaches nothing."""
+    groups = reward.reshape(-1, num_samples)  # (P, k)
+    return (groups.amax(1) - groups.amin(1)).repeat_interleave(num_samples)

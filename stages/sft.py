@@ -31,7 +31,7 @@ class Stage:
 
     takes = ("conversation",)
     rate = 1.0
-    num_answers, held_bytes, task = 0, 0, None
+    num_answers, held_bytes, task = 0, {}, None
 
     def __init__(self, flags: Flags, model: Model, max_length: int | None = None):
         self.family = model.family

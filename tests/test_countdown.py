@@ -124,6 +124,11 @@ def test_what_is_right(answer):
     assert countdown(tag(answer), [3, 8, 8, 3], 24)["correct"] == RIGHT[answer]
 
 
+@pytest.mark.parametrize("numbers, target", [([-3, 5], 2), (["3", "5"], "2"), ([3.0, -5.0], 2.0)], ids=str)
+def test_a_minus_is_free_and_numbers_may_be_texts(numbers, target):
+    assert [countdown(tag(answer), numbers, target)["correct"] for answer in ("5 - 3", "-3 + 5 = 2", "3 + 5")] == [1, 1, 0]
+
+
 def test_what_is_reported():
     def found(response):
         return tuple(countdown(response, [2, 3], 6)[name] for name in ("score", "correct", "format", "valid", "num_answers"))

@@ -517,6 +517,7 @@ def test_wrong_judges_and_samples_are_one_sentence(place, problems, tmp_path, mo
         "asks for none": [*model, "--task", "preference", "--reward", "text"],
         "--temperature": [*model, "--task", "text", "--num_samples", 2],
         "--reward nothing": [*model, "--reward", "nothing"],
+        "--task win_rate takes it": [*model, "--task", "countdown", "--reward", "pairwise:m@http://127.0.0.1:9/v1"],
         "is no outputs": [*model, "--task", "win_rate", "--reward", "text", "--against", place / "text" / "config.json"],
         "1.5 is no number": [*model, "--top_p", 1.5],
     }

@@ -1,4 +1,4 @@
-"""What README.md promises: its commands run as they stand, its row reads, its paths exist."""
+"""What README.md promises: its commands run as they stand, its row reads, its pages' paths exist."""
 
 import json
 import os
@@ -48,10 +48,15 @@ def test_the_row_is_fifteen_lines_and_json():
     assert row["tools"] and row["messages"][-1]["tool_calls"]
 
 
-def test_every_path_in_readme_exists():
-    names = re.findall(r"`((?:train|data|model|lora|stages|training|eval|bench|tests)[\w/]*(?:\.\w+|/))`", README)
-    assert len(names) > 10
-    assert [name for name in names if not (ROOT / name).exists()] == []
+@pytest.mark.parametrize("page", ["README.md", "data/README.md", "stages/README.md"])
+def test_every_path_of_a_page_exists(page):
+    """Paths in backticks from the project's folder; links from the page's own."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:train|data|model|lora|stages|training|eval|bench|tests)[\w/]*(?:\.py|/))`", text)
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert paths or links
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
 @pytest.mark.slow

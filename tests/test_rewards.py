@@ -1,6 +1,7 @@
 """Rewards by name, GUI actions by the published rules, and learned rewards against what they are made of."""
 
 import json
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,8 +70,10 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert find_reward("my_reward:length")([reply("abc")]) == [{"score": 3}]
-    with pytest.raises(UserError, match="score"):
-        find_reward("my_reward:bad")([reply("abc")])
+    for values in ({"length": 1}, 1.0, None, {"score": "high"}, {"score": None}, {"score": 1.0, "why": "because"}):
+        monkeypatch.setattr("my_reward.bad", lambda reply, values=values: values)
+        with pytest.raises(UserError, match=re.escape(f"gives {values!r}; a reward gives numbers by name")):
+            find_reward("my_reward:bad")([reply("abc")])
     for wrong in ("count", "my_reward:nothing", "no_such_file:f"):
         with pytest.raises(UserError, match=f"--reward {wrong}"):
             find_reward(wrong)
@@ -78,8 +81,9 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
 
 def test_a_row_without_the_truth_is_a_problem():
     for truth in (None, {"answer": "6"}):
-        with pytest.raises(UserError, match="no numbers and target"):
-            find_reward("countdown")([reply("<answer>2*3</answer>", truth=truth)])
+        answered = reply("<answer>2*3</answer>", truth=truth)
+        with pytest.raises(UserError, match=f"{answered.where}: the row has no numbers and target"):
+            find_reward("countdown")([answered])
 
 
 # ---- GUI actions -----------------------------------------------------------------------------------------------------
@@ -199,9 +203,10 @@ def test_a_reward_model_gives_its_output_for_the_conversation(reward_folder):
         with torch.no_grad():
             assert values["score"] == pytest.approx(net(ids).logits.item(), abs=1e-6)
     assert found[0] == found[2] != found[1]
+    assert find_reward(str(reward_folder)).num_bytes == sum(p.nbytes for p in net.parameters())
 
 
-def test_a_folder_that_is_no_reward_model_is_refused(tmp_path, reward_folder):
+def test_a_folder_that_is_no_reward_model_is_refused(tmp_path, reward_folder, capfd):
     with pytest.raises(UserError, match="no sequence classifier"):
         find_reward(str(tmp_path))
     shutil.copytree(reward_folder, tmp_path / "two")
@@ -212,6 +217,13 @@ def test_a_folder_that_is_no_reward_model_is_refused(tmp_path, reward_folder):
     )
     with pytest.raises(UserError, match="2 outputs"):
         find_reward(str(tmp_path / "two"))
+    capfd.readouterr()
+    write_tiny("qwen2", tmp_path / "chat")  # a language model: transformers would draw the score's weights at random
+    config = json.loads((tmp_path / "chat" / "config.json").read_text()) | {"id2label": {"0": "score"}}
+    (tmp_path / "chat" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="hold no score.weight"):
+        find_reward(str(tmp_path / "chat"))
+    assert capfd.readouterr().err == ""  # the sentence alone
 
 
 def test_a_picture_is_no_text(reward_folder):
@@ -231,6 +243,11 @@ class FakeServer(BaseHTTPRequestHandler):
         self.requests.append((self.path, self.headers.get("Authorization"), body))
         found = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         status, text = (200, found(body)) if callable(found) else found
+        if text == "break off":
+            self.send_response(200)
+            self.send_header("Content-Length", "9")
+            self.end_headers()
+            return
         if status == 200:
             text = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
         self.send_response(status)
@@ -270,6 +287,8 @@ def test_a_served_reward_is_asked_once_for_each_answer(server, tmp_path, monkeyp
     with open(tmp_path / "reward_cache.jsonl", "a") as file:
         file.write('{"key": "half a li')  # a kill
     assert find_reward(name, tmp_path)(replies)[0]["score"] == -1.5 and len(fake.requests) == 3
+    assert find_reward(name, tmp_path)([reply("dddd", messages=QUESTION)])[0]["score"] == -4.5
+    assert find_reward(name, tmp_path)(replies)[2]["score"] == -3.5 and len(fake.requests) == 4
 
 
 SCORES = {"reward:-4.125": -4.125, " 1.5\n": 1.5, "helpfulness:1.25,correctness:2,verbosity:0.5": 1.25, "reward: 3e-2": 0.03}
@@ -285,10 +304,11 @@ def test_spellings_of_a_served_score(server, text):
 def test_a_busy_server_is_asked_again_and_one_that_refuses_is_not(server, monkeypatch):
     name, fake = server
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    fake.replies = [(429, "slow down"), (503, "soon"), (200, "reward:1.0")]
+    fake.replies = [(429, "slow down"), (503, "soon"), (200, "break off"), (200, "reward:1.0")]
     assert find_reward(name)([reply("a", messages=QUESTION)])[0]["score"] == 1.0
-    assert len(fake.requests) == 3
-    wrong = {"401": [(401, "no key")], "in 6 tries": [(500, "never")], "no reward but 'Nice!'": [(200, "Nice!")]}
+    assert len(fake.requests) == 4
+    wrong = {"401": [(401, "no key")], "in 6 tries": [(500, "never")], "no reward but 'Nice!'": [(200, "Nice!")],
+             "another form": [(200, None)]}  # fmt: skip
     for sentence, replies in wrong.items():
         fake.replies = replies
         with pytest.raises(UserError, match=sentence):

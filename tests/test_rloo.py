@@ -27,8 +27,8 @@ from lora import adapter
 from model import load_model
 from model.tiny import write_tiny
 from stages import list_stages
-from stages.rloo import Flags, Stage, advantages, shaped_advantages, spread_by_prompt
-from training.config import read_config
+from stages.rloo import Flags, Stage, advantages, column, shaped_advantages, spread_by_prompt
+from training.config import read_config, trajectory
 from training.journal import read_journal
 from training.memory import GIB, Stack, cache_bytes
 from training.precision import choose
@@ -124,16 +124,16 @@ def test_two_answers_by_hand():
     assert advantages(rewards, "group").tolist() == [[pytest.approx(0.45), pytest.approx(-0.45)], [0, 0]]
     deviation = 0.9 / math.sqrt(2)
     assert advantages(rewards, "group_std")[0, 0].item() == pytest.approx(0.45 / (deviation + 1e-4))
-    assert spread_by_prompt([1.0, 0.1, 0.0, 0.0], 2) == [0.9, 0.9, 0, 0]
+    assert spread_by_prompt(column([1.0, 0.1, 0.0, 0.0]), 2).tolist() == [0.9, 0.9, 0, 0]
 
 
 def test_where_the_kl_comes_off():
     """In the reward it is shared out by the baseline, so that advantages add up to 0; after it, each answer pays its own."""
-    rewards, kl = [1.0, 0.0, 0.5, 0.2], [2.0, -1.0, 0.0, 4.0]
+    rewards, kl = column([1.0, 0.0, 0.5, 0.2]), column([2.0, -1.0, 0.0, 4.0])
     inside = shaped_advantages(rewards, kl, Flags("text", num_samples=2, kl_beta=0.1))
-    assert inside == pytest.approx([0.8 - 0.1, 0.1 - 0.8, 0.5 + 0.2, -0.2 - 0.5])
+    assert inside.tolist() == pytest.approx([0.8 - 0.1, 0.1 - 0.8, 0.5 + 0.2, -0.2 - 0.5])
     outside = shaped_advantages(rewards, kl, Flags("text", num_samples=2, kl_beta=0.1, kl_placement="advantage"))
-    assert outside == pytest.approx([1 - 0.2, -1 + 0.1, 0.3, -0.3 - 0.4])
+    assert outside.tolist() == pytest.approx([1 - 0.2, -1 + 0.1, 0.3, -0.3 - 0.4])
 
 
 # ---- what is collected ----------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_rewards_that_fail_say_so(tmp_path, base, rows, monkeypatch):
         stage.collect(run, questions)
     wrong = {"ZeroDivisionError": lambda replies: 1 / 0, "score of nan": lambda replies: [{"score": math.nan}] * 20}
     for words, judge in wrong.items():
-        monkeypatch.setattr(eval.rewards, "find_reward", lambda name, judge=judge: judge)
+        monkeypatch.setattr(eval.rewards, "find_reward", lambda name, judge=judge, **more: judge)
         run, stage, questions = open_run(tmp_path, base, rows, Flags("mine:own", num_samples=2))
         with pytest.raises(UserError, match=words):
             stage.collect(run, questions)
@@ -416,13 +416,32 @@ def test_the_plan_holds_the_cache_and_the_reference(tmp_path, base):
     assert 128 * 8 * 1280 * cache_bytes(qwen) / GIB == 15
     model, _ = load_model(base, dtype="float32")
     config = read_config(["--base_model", "b", "--data_path", "r", "--stage", "rloo", "--reward", "text"], FLAGS)
-    plan = Plan(model, config, num_answers=8, held_bytes=GIB)
+    plan = Plan(model, config, num_answers=8, held_bytes={"reference weights": GIB, "reward model": 2 * GIB})
     micro_tokens, cache_tokens = plan.fit(100)
     parts = dict(plan.parts(micro_tokens))
     assert micro_tokens >= 612 and 8 * 612 <= cache_tokens <= 16384
-    assert parts["reference weights"] == 1
+    assert parts["reference weights"] == 1 and parts["reward model"] == 2
     assert parts["KV cache of sampled answers"] * GIB == cache_tokens * 2 * 2 * 32 * 4  # layers, k and v, 2 heads of 16, fp32
     assert Plan(model, config).fit(100)[1] == 0 and "reference weights" not in dict(Plan(model, config).parts(100))
+
+
+def test_a_learned_reward_is_planned_for_and_remembered(tmp_path, base, rows, monkeypatch):
+    """A reward model's weights are a part of the plan; what a server says is kept in the run's folder, at any pace."""
+    import eval.rewards
+    from eval.judges import ServedReward, Server
+
+    judge = SimpleNamespace(num_bytes=7)
+    monkeypatch.setattr(eval.rewards, "find_reward", lambda name, requests_per_minute: judge)
+    _, stage, _ = open_run(tmp_path, base, rows, Flags("folder"))
+    assert stage.held_bytes["reward model"] == 7 and stage.held_bytes["reference weights"] > 1000
+    judge = ServedReward(Server("m@http://127.0.0.1:9/v1"))
+    run, stage, _ = open_run(tmp_path, base, rows, Flags("served"))
+    run.identity = {}
+    stage.prepare(run)
+    assert judge.server.path == tmp_path / "reward_cache.jsonl"
+    common = ["--base_model", "b", "--data_path", "r", "--stage", "rloo", "--reward", "text", "--requests_per_minute"]
+    assert trajectory(read_config([*common, "9"], FLAGS)) == trajectory(read_config([*common, "8"], FLAGS))
+    assert trajectory(read_config([*common, "9"], FLAGS))["num_samples"] == 8
 
 
 @pytest.mark.parametrize("name", ["ultrafeedback", "countdown"])
@@ -482,13 +501,16 @@ def test_a_tiny_model_learns_by_reward(tmp_path, capfd, monkeypatch):
     fewer = [50 if part == 80 else part for part in pipeline.SETTINGS["rloo"]]  # updates, for the test's sake
     monkeypatch.setitem(pipeline.SETTINGS, "rloo", fewer)
     pipeline.run_pipeline(tmp_path, 0, "cpu")
-    lines = capfd.readouterr().out.splitlines()[-4:]
-    assert [line.rsplit(" ", 3)[0] for line in lines] == ["held-out problems solved", "sft loss", "dpo accuracy", "rloo reward"]
+    solved, *lines = capfd.readouterr().out.splitlines()[-4:]
+    assert [line.rsplit(" ", 3)[0] for line in lines] == ["sft loss", "dpo accuracy", "rloo reward"]
+    share = {name: pipeline.measure(tmp_path / name, tmp_path / "rows", "cpu") for name in ("initial", "sft", "dpo", "final")}
+    assert solved == "held-out problems solved: " + ", ".join(f"{name} {value:.1%}" for name, value in share.items())
+    assert share["dpo"] >= share["sft"] and share["final"] >= share["sft"] + 0.15 and share["initial"] == 0
     for name in ("initial", "sft", "dpo", "rloo", "final"):
         assert (tmp_path / name / "journal.jsonl").exists() and (tmp_path / name / "model" / "config.json").exists()
     found = [r for r in read_journal(tmp_path / "rloo" / "journal.jsonl") if r.get("event") == "eval"]
-    assert found[-1]["correct"] >= found[0]["correct"] + 0.15 and found[-1]["stop_rate"] >= 0.95
+    assert found[-1]["correct"] == share["final"] and found[0]["correct"] == share["dpo"] and found[-1]["stop_rate"] >= 0.95
     loss = [r["loss"] for r in steps_of(tmp_path / "sft")]
-    assert lines[1] == f"sft loss {loss[0]:.3f} -> {loss[-1]:.3f}"
+    assert lines[0] == f"sft loss {loss[0]:.3f} -> {loss[-1]:.3f}"
     pipeline.run_pipeline(tmp_path, 0, "cpu")  # nothing is run again
-    assert capfd.readouterr().out.splitlines() == lines
+    assert capfd.readouterr().out.splitlines() == [solved, *lines]

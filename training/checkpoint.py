@@ -12,18 +12,17 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from data.errors import UserError
-from model.shards import aligned, make_header, tensor_bytes
+from model.shards import NAMES, aligned, make_header, read_header, tensor_bytes
 
 MANIFEST = "manifest.json"
 STEP = re.compile(r"(?:\.replaced-)?step-(\d+)")  # a replaced checkpoint counts until its successor stands
-Tensors = dict[str, torch.Tensor]
+Tensors = Mapping[str, torch.Tensor]
 
 
 def commit(
@@ -115,10 +114,33 @@ def find_problem(path: Path) -> str | None:
     return None if manifest == _manifest(_step(path), found) else f"{MANIFEST} is not what was written"
 
 
+class TensorFile(Mapping[str, torch.Tensor]):
+    """A file of tensors, each read when it is asked for: states of 8 bytes a weight are never in memory twice. (The library
+    maps the whole file, and its pages would count as this process's memory.)"""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.header, self.entries = read_header(path)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        entry = self.entries[name]
+        tensor = torch.empty(entry["shape"], dtype=next(dtype for dtype in NAMES if NAMES[dtype] == entry["dtype"]))
+        with open(self.path, "rb") as file:
+            file.seek(len(self.header) + entry["data_offsets"][0])
+            file.readinto(tensor_bytes(tensor))
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
 def load(path: Path) -> tuple[dict[str, Tensors], dict[str, object]]:
     """The files of tensors and of plain data of a checkpoint that newest_whole or find_resume returned."""
     names = json.loads((path / MANIFEST).read_bytes())["files"]
-    tensors = {name: load_file(path / name) for name in names if name.endswith(".safetensors")}
+    tensors = {name: TensorFile(path / name) for name in names if name.endswith(".safetensors")}
     return tensors, {name: json.loads((path / name).read_bytes()) for name in names if name not in tensors}
 
 

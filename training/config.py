@@ -376,5 +376,6 @@ def trajectory(config: Config) -> dict[str, Any]:
 
 
 def select(config: Config, rule: str) -> dict[str, Any]:
-    options = {} if config.stage_options is None else dataclasses.asdict(config.stage_options)
-    return {name: getattr(config, name) for name, field in fields_of(Config).items() if field.metadata[rule]} | options
+    owners = [config] if config.stage_options is None else [config, config.stage_options]
+    fields = ((owner, name, field) for owner in owners for name, field in fields_of(type(owner)).items())
+    return {name: getattr(owner, name) for owner, name, field in fields if field.metadata[rule]}

@@ -11,11 +11,12 @@ import math
 import os
 import signal
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from data.errors import UserError
 
@@ -116,6 +117,23 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     texts = ("out of memory", "not enough memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def halving(state: Any, name: str, work: Callable[[], Any]) -> Any:
+    """work() on answers to prompts, again with half as many positions at once (state.name) as often as it takes.
+
+    Raises UserError where the memory does not do for one prompt's.
+    """
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if getattr(state, name) < 2:
+            raise UserError("out of memory with the answers to one prompt; lower --num_samples or --max_new_tokens")
+        setattr(state, name, getattr(state, name) // 2)
+        print(f"out of memory: answers are sampled and scored again with {name} {getattr(state, name)}")
 
 
 class FolderLock:

@@ -8,7 +8,7 @@ bytes for AdamW, 2 for the 8-bit ones, which are slow on a processor (33 times A
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -147,23 +147,24 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], numbers: dict[str, float | None]
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], numbers: dict[str, float | None]
 ) -> None:
     """Put back what optimizer_tensors gave, copied, in the saved dtypes; UserError for state of unknown parameters.
 
     torch's and bitsandbytes' own load_state_dict cast to the parameter's dtype. bitsandbytes allocates first and is
     filled in place, because paged state lives in memory that only it can allocate.
     """
-    saved: dict[str, dict] = {}
-    for name, value in {**tensors, **numbers}.items():
+    saved: dict[str, dict[str, str]] = {}  # parameter -> key -> its name in the file
+    for name in (*tensors, *numbers):
         parameter, key = name.rsplit("/", 1)
-        saved.setdefault(parameter, {})[key] = value
+        saved.setdefault(parameter, {})[key] = name
     for group_index, group in enumerate(optimizer.param_groups):
         for index, (name, p) in enumerate(zip(group["param_names"], group["params"], strict=True)):
             state = saved.pop(name, {})
             if state and hasattr(optimizer, "init_state"):
                 optimizer.init_state(group, p, group_index, index)
-            for key, value in state.items():
+            for key, full_name in state.items():
+                value = tensors[full_name] if full_name in tensors else numbers[full_name]
                 live = optimizer.state[p].get(key)
                 if not isinstance(value, torch.Tensor):
                     optimizer.state[p][key] = value

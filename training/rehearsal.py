@@ -63,10 +63,10 @@ class Forecast:
 class Plan:
     """The arithmetic of training/memory.py on one model and its settings, as a function of the packed row's length."""
 
-    def __init__(self, model: Any, config: Any, num_answers: int = 0, held_bytes: int = 0):
+    def __init__(self, model: Any, config: Any, num_answers: int = 0, held_bytes: dict[str, int] | None = None):
         """model is a model.family.Model with its adapter attached; config the run's settings; num_answers are sampled to a
-        row before it is trained on; held_bytes are what the stage keeps, beside the model."""
-        self.model, self.config, self.num_answers, self.held_bytes = model, config, num_answers, held_bytes
+        row before it is trained on; held_bytes are what the stage keeps, beside the model, by name."""
+        self.model, self.config, self.num_answers, self.held_bytes = model, config, num_answers, held_bytes or {}
         self.cache_tokens = 0  # of the KV cache that answers are sampled with
         self.vocabulary = model.head_weight.shape[0]
         self.weights = weights_by_part(model.net.named_parameters(), model.family.part_of, self.vocabulary)
@@ -80,8 +80,8 @@ class Plan:
         vision = getattr(net.config, "vision_config", None)
         trains_vision = any(self.model.family.part_of(name.removeprefix("net.")) != "language" for name, _ in self.trained)
         patches = tokens * getattr(vision, "spatial_merge_size", 1) ** 2
-        own = [("reference weights", self.held_bytes), ("KV cache of sampled answers", self.cache_tokens * self.cache_bytes)]
-        return [(part, size / GIB) for part, size in own if size] + plan(
+        own = self.held_bytes | {"KV cache of sampled answers": self.cache_tokens * self.cache_bytes}
+        return [(part, size / GIB) for part, size in own.items() if size] + plan(
             self.weights,
             sum(p.numel() for _, p in self.trained),
             stack_from_config(net.config.get_text_config(), tokens),

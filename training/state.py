@@ -5,6 +5,7 @@ learning rate is a function of the step. So little is left: counts, the loss sca
 """
 
 import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -55,7 +56,7 @@ def capture_random() -> dict[str, torch.Tensor]:
     return state
 
 
-def restore_random(state: dict[str, torch.Tensor]) -> None:
+def restore_random(state: Mapping[str, torch.Tensor]) -> None:
     """Put back what capture_random gave, where this process has such a generator."""
     version, *words = state["python"].tolist()
     random.setstate((version, tuple(words), next(iter(state["python_gauss"].tolist()), None)))
