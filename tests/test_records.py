@@ -11,6 +11,7 @@ import sys
 import pytest
 from conftest import shared
 from PIL import Image
+from test_check import damage
 
 from data.dialects import DIALECTS, dialect, has
 from data.errors import UserError
@@ -387,34 +388,6 @@ def test_real_guicourse_rows():
 
 
 # ---- 1,000 damaged rows --------------------------------------------------------------------------------------------
-
-WRONG = [None, True, -1, 0.5, float("nan"), float("inf"), "", "x", "\ud83d", "\0", [], {}, [[]], [None], {"": {}}, [{}],
-         "../../etc/passwd", "http://host/a.png", "9" * 3000, [[[[[[]]]]]], "<image>" * 50, {"<image>": 1}, 10**400]
-
-
-def damage(row, rng):
-    """Replace, remove, wrap or double one random value anywhere in a row."""
-    row = copy.deepcopy(row)
-    places, queue = [], [row]
-    while queue:
-        node = queue.pop()
-        for key in node if isinstance(node, dict) else range(len(node)):
-            places.append((node, key))
-            queue += [node[key]] if isinstance(node[key], dict | list) else []
-    node, key = rng.choice(places)
-    kind = rng.randrange(4)
-    if kind == 0:
-        node[key] = copy.deepcopy(rng.choice(WRONG))
-    elif kind == 1:
-        del node[key]
-    elif kind == 2:
-        node[key] = [node[key]] if rng.random() < 0.5 else {"role": node[key]}
-    else:
-        node[key] = [node[key], node[key]] if isinstance(node, list) else node
-        if isinstance(node, dict):
-            node[key] = None
-    return row
-
 
 def test_a_thousand_damaged_rows_are_all_accounted_for(write, tmp_path):
     rng = random.Random(0)
