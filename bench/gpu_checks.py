@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from bench.real_size import REAL, TINY_PICTURE, TINY_ROW, write_rows
+from data.labels import NO_LOSS
 from data.records import open_records
 from lora import adapter
 from model import attention, load_model
@@ -302,5 +304,47 @@ def check_run(device: torch.device, scratch: Path, dry: bool) -> Iterator[Row]:
     yield check("16 greedy tokens in fp32 differ from the CPU's", differ, 0.0, seconds=seconds)
 
 
+# ---- answers --------------------------------------------------------------------------------------------------------------
+
+
+def check_decoding(device: torch.device, scratch: Path, dry: bool) -> Iterator[Row]:
+    """Answers by a step that is replayed as a CUDA graph against the same step called plainly: every family, tiny, in fp32 and
+    on quantised layers, answers that end one by one; then tokens a second of both, Qwen2.5-0.5B in bf16."""
+    from bench.real_size import RandomShards, write_folder
+
+    for name, quant in [(name, None) for name in REAL] + [("qwen2_5_vl", "8bit"), ("qwen2_5_vl", "4bit")]:
+        model, family = load_model(tiny(name, scratch), quant, torch.float32, device)
+        prompts = [family.prompt_of(example) for example in examples_of(family, name, scratch)]
+        (plain, _), (graphs, recorded) = (answer(model, prompts, 4, 48, replayed) for replayed in (False, True))
+        differ = sum(a.ids != b.ids for a, b in zip(plain, graphs, strict=True)) / len(plain)
+        wrong = 1.0 if device.type == "cuda" and not recorded else differ
+        yield check(f"{name} {quant or ''}: answers by graphs that differ", wrong, 0.0, recorded=recorded)
+    folder = scratch / "decoding"
+    write_folder("qwen2", folder, tiny=dry)
+    with patch("model.load.Shards", RandomShards):
+        model, family = load_model(folder, None, torch.bfloat16, device)
+    for num_samples in (1, 64):
+        prompt = family.example(torch.arange(200) % 256, [NO_LOSS] * 200)
+        for replayed in (False, True):
+            seconds = seconds_of(lambda: answer(model, [prompt], num_samples, 8 if dry else 256, replayed, []), device, 1)  # noqa: B023
+            how = "graphs" if replayed else "plain calls"
+            rate = num_samples * (8 if dry else 256) / seconds
+            yield {"what": f"{num_samples} answers by {how}", "status": "ok", "tokens_per_second": rate}
+
+
+def answer(
+    model: Model, prompts: list, num_samples: int, num_tokens: int, replayed: bool, stop_ids: list[int] | None = None
+) -> tuple[list, bool]:
+    """Sampled answers, with or without graphs, and whether every step could be recorded. Without stop_ids one token in
+    eight stops."""
+    from eval import decoding
+    from eval.generate import generate
+
+    stops = list(range(0, len(model.head_weight), 8)) if stop_ids is None else stop_ids
+    with patch.object(decoding.Graphs, "usable", replayed):
+        answers = generate(model, prompts, num_tokens, stops, temperature=1.0, num_samples=num_samples)
+        return answers, decoding.Graphs.usable and model.device.type == "cuda"
+
+
 CHECKS = {"attention": check_attention, "networks": check_networks, "quantised": check_quantised,
-          "optimizers": check_optimizers, "run": check_run}  # fmt: skip
+          "optimizers": check_optimizers, "decoding": check_decoding, "run": check_run}  # fmt: skip

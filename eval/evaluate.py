@@ -8,6 +8,7 @@ metric cannot judge, is a line with its problem, and no score of another row tak
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -204,6 +205,8 @@ def score(task: Task, reply: Reply, answer: Answer) -> dict[str, Any]:
              "answer_tokens": len(answer.ids)}  # fmt: skip
     if reply.truth is not None:
         line["truth"] = reply.truth
+    if not all(map(math.isfinite, answer.logprobs)):
+        return line | {"problem": "the model's logits are not finite; --precision bf16 or fp32 reaches further than fp16"}
     try:
         return line | {name: float(value) for metric in task.metrics for name, value in metric(reply).items()}
     except Exception as error:  # a metric may be anyone's: its fault with one row must not end a night's run

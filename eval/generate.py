@@ -1,25 +1,23 @@
 """Answers from a model: prompts of any length in batches, a KV cache, and only the stop ids that are asked for.
 
 Training runs packed rows; here a row must grow, so prompts are padded on the left into a batch whose rows all grow at
-the right end, and the decoder is switched to transformers' SDPA path with an explicit mask while generate() runs. Rows
-that are finished leave the batch. The settings of generation_config.json (Qwen's ask for a repetition penalty) are NOT
-picked up: what is sampled is the policy itself. The cache takes 2 x layers x Hkv x K numbers a token in the computing
-dtype, 36 KiB for Qwen2.5-VL-3B; the head runs on one position a row.
+the right end (eval/decoding.py), and the decoder is switched to transformers' SDPA path with an explicit mask while
+generate() runs. Rows that are finished leave the batch. The settings of generation_config.json (Qwen's ask for a
+repetition penalty) are NOT picked up: what is sampled is the policy itself. The cache takes 2 x layers x Hkv x K numbers a
+token in the computing dtype, 36 KiB for Qwen2.5-VL-3B; the head runs on one position a row.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from transformers import DynamicCache
 
-from data.batches import hash_seed, pack_row
+from data.batches import hash_seed
 from data.labels import Example
+from eval.decoding import Decoding, decode
 from model.family import Family, Model
-from model.head import CHUNK_BYTES
 
 
 @dataclass
@@ -64,10 +62,8 @@ def generate(
     with ready_to_generate(model):
         for numbers in batches_by_length([len(p) for p in prompts], num_samples, max_new_tokens, batch_tokens):
             rows = [i * num_samples + j for i in numbers for j in range(num_samples)]
-            uniform = draw_uniform(rows, max_new_tokens, seed)
-            decoding = Decoding(model, [prompts[i] for i in numbers])
-            decoding.repeat(num_samples)
-            ids, logprobs = decode(decoding, max_new_tokens, stops, uniform.to(model.device), pick)
+            uniform = draw_uniform(rows, max_new_tokens, seed).to(model.device)
+            ids, logprobs = decode(Decoding(model, [prompts[i] for i in numbers], uniform, pick), stops)
             for row, chosen, values in zip(rows, ids, logprobs, strict=True):
                 answers[row] = make_answer(model.family, chosen, values, stops)
     return answers
@@ -126,114 +122,6 @@ def draw_uniform(rows: list[int], count: int, seed: int) -> torch.Tensor:
     return torch.stack([torch.rand(count, generator=g, dtype=torch.float64) for g in generators])
 
 
-# ---- the batch in flight --------------------------------------------------------------------------------------------
-
-
-class ComputeCache(DynamicCache):
-    """A KV cache in the computing dtype: under autocast rotary tables would leave fp32 keys beside bf16 values."""
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.compute_dtype = dtype
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        dtype = self.compute_dtype
-        return super().update(key_states.to(dtype), value_states.to(dtype), layer_idx, *args, **kwargs)
-
-
-class Decoding:
-    """B rows in flight: their KV cache, the mask of what they may see, next positions, and last hidden states."""
-
-    def __init__(self, model: Model, prompts: list[Example]):
-        """Run the prompts: pictures are embedded on one packed row, which is then spread over a left-padded batch."""
-        self.model = model
-        self.decoder = model.family.decoder(model.net)
-        packed = pack_row(prompts).to(model.device)
-        embeddings = model.family.embed(model.net, packed)  # (T, D)
-        lengths = torch.tensor(packed.lengths, device=model.device)
-        longest = max(packed.lengths)
-        real = torch.arange(longest, device=model.device) >= longest - lengths[:, None]  # (B, L)
-        batch = embeddings.new_zeros(*real.shape, embeddings.shape[-1])
-        batch[real] = embeddings  # (B, L, D)
-        positions = packed.positions.new_zeros(*packed.positions.shape[:-1], *real.shape)
-        positions[..., real] = packed.positions  # (B, L) or (3, B, L)
-        autocast = torch.is_autocast_enabled(model.device.type)
-        self.cache = ComputeCache(torch.get_autocast_dtype(model.device.type) if autocast else embeddings.dtype)
-        self.mask = real.long()
-        if model.prefix is not None:
-            self._start_with_prefix(len(prompts))
-            positions = positions + model.prefix.num_virtual_tokens
-        self._feed(batch, positions)
-        after = positions.amax(-1, keepdim=True) + 1  # (B, 1) or (3, B, 1), rows of a picture's grid apart
-        self.next = after.amax(0, keepdim=True).expand_as(after) if after.dim() == 3 else after
-
-    def _start_with_prefix(self, num_rows: int) -> None:
-        """Prefix tuning: its keys and values stand in front of every row, also of the padding."""
-        for layer in range(self.model.prefix.num_layers):
-            keys, values = self.model.prefix(layer)  # (Hkv, P, K) each
-            self.cache.update(keys.expand(num_rows, -1, -1, -1), values.expand(num_rows, -1, -1, -1), layer)
-        self.mask = F.pad(self.mask, (self.model.prefix.num_virtual_tokens, 0), value=1)
-
-    def _feed(self, embeddings: torch.Tensor, positions: torch.Tensor) -> None:
-        out = self.decoder(
-            inputs_embeds=embeddings, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.hidden = out.last_hidden_state[:, -1]  # (B, D)
-
-    def step(self, tokens: torch.Tensor) -> None:
-        """Append one token (B,) to every row."""
-        self.mask = F.pad(self.mask, (0, 1), value=1)
-        self._feed(self.model.net.get_input_embeddings()(tokens)[:, None], self.next)
-        self.next = self.next + 1
-
-    def repeat(self, count: int) -> None:
-        """Every row `count` times, one after the other: samples of one prompt share its first run."""
-        if count > 1:
-            self.cache.batch_repeat_interleave(count)
-            self.mask, self.hidden = self.mask.repeat_interleave(count, 0), self.hidden.repeat_interleave(count, 0)
-            self.next = self.next.repeat_interleave(count, -2)
-
-    def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these rows (n,) alone."""
-        self.cache.batch_select_indices(rows)
-        self.mask, self.hidden, self.next = self.mask[rows], self.hidden[rows], self.next[..., rows, :]
-
-
-def decode(
-    decoding: Decoding,
-    max_new_tokens: int,
-    stops: list[int],
-    uniform: torch.Tensor,
-    pick: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-) -> tuple[list[list[int]], list[list[float]]]:
-    """(ids, log-probabilities) of each row, until a stop id or max_new_tokens; uniform is (B, max_new_tokens)."""
-    weight = decoding.model.head_weight
-    num_rows = max(1, CHUNK_BYTES // (4 * len(weight)))
-    running = list(range(len(uniform)))
-    ids: list[list[int]] = [[] for _ in running]
-    logprobs: list[list[float]] = [[] for _ in running]
-    for step in range(max_new_tokens):
-        rows = uniform.new_tensor(running, dtype=torch.long)
-        chunks = zip(decoding.hidden.split(num_rows), uniform[rows, step].split(num_rows), strict=True)
-        chosen = [pick(F.linear(hidden, weight.to(hidden.dtype)).float(), drawn) for hidden, drawn in chunks]
-        tokens = torch.cat([token for token, _ in chosen])  # (B,)
-        values = torch.cat([value for _, value in chosen]).tolist()
-        for row, token, value in zip(running, tokens.tolist(), values, strict=True):
-            ids[row].append(token)
-            logprobs[row].append(value)
-        going_on = [place for place, row in enumerate(running) if ids[row][-1] not in stops]
-        if not going_on or step + 1 == max_new_tokens:
-            break
-        if len(going_on) < len(running):
-            running = [running[place] for place in going_on]
-            places = tokens.new_tensor(going_on)
-            decoding.keep(places)
-            tokens = tokens[places]
-        decoding.step(tokens)
-    return ids, logprobs
-
-
 def choose(
     logits: torch.Tensor, uniform: torch.Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,6 +147,7 @@ def choose(
         left = drop_below(left, min_p * left.amax(-1, keepdim=True))
     cumulative = left.double().cumsum(-1)
     tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)  # (B, 1)
+    tokens = tokens.clamp(max=logits.shape[-1] - 1)  # it is V where a logit is NaN, as the log-probability then tells
     return tokens[:, 0], every.gather(-1, tokens)[:, 0]
 
 

@@ -144,6 +144,16 @@ def test_a_row_with_a_problem_is_listed_and_takes_no_other_rows_score(place, tmp
     assert ours.figures["number"] == 1.0 and "ZeroDivisionError" in ours.lines[3]["problem"]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_gives_no_numbers_is_a_problem_of_each_row(place, tmp_path, temperature):
+    model, family = load_model(place / "text", dtype="float32")
+    with torch.no_grad():
+        model.head_weight[7] = torch.nan
+    rows = text_rows(tmp_path / "rows.jsonl", ("a", "b"), ("c", "d"))
+    found = evaluate(model, open_records(rows), find_task("text"), max_new_tokens=3, sampling={"temperature": temperature})
+    assert ["not finite" in line["problem"] for line in found.lines] == [True, True]
+
+
 def test_lines_are_written_with_what_the_caller_adds_and_the_model_is_put_back(place):
     model, family = load_model(place / "vision", dtype="float32")
     model.train()

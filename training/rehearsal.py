@@ -111,7 +111,7 @@ class Plan:
 
     def fit(self, longest: int) -> tuple[int, int]:
         """(micro_tokens, cache_tokens) for rows of `longest` positions before their answers: the packed row first, beside a
-        KV cache for the answers to one row, which then grows into half of what is left (the other half for its copies)."""
+        KV cache for the answers to one row, which then grows into half of what is left (the other half: the prompts' run)."""
         if not self.num_answers:
             return self.micro_tokens(longest), 0
         longest += self.config.max_new_tokens
