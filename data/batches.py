@@ -165,5 +165,6 @@ class Encoded:
             example.encode_seconds = time.perf_counter() - began
             return example
         except UserError as error:
-            error.where, error.id = (record.where, record.id) if record else (str(error).split(" ")[0],) * 2
+            if record is not None:  # else it says where itself
+                error.where, error.id = record.where, record.id
             return error

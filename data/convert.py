@@ -24,7 +24,7 @@ from data.errors import UserError
 from data.guicourse import convert_row
 from data.images import picture_format
 from data.json_array import split_array
-from data.turns import Problem, decode, short
+from data.turns import MISSHAPEN, Problem, decode, short
 
 BATCH_PICTURES = 16  # made into Python objects at once
 FILE_NAME = re.compile(r"[\w.+-]+")
@@ -83,9 +83,12 @@ def converted(row: object) -> tuple[dict, list[str]]:
     if isinstance(row, Problem):
         raise row
     try:
-        return convert_row(row)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        made, ids = convert_row(row)
+    except MISSHAPEN as error:
         raise Problem("not a row of GUIEnv, GUIAct or GUIChat", f"{type(error).__name__} {error}") from None
+    if not all(isinstance(image_id, str) for image_id in ids):
+        raise Problem("a picture's id is no text", short(ids))
+    return made, ids
 
 
 def wanted_pictures(path: Path) -> set[str]:

@@ -45,9 +45,10 @@ def _read_mind2web(row: dict, size_of: Callable[[str], tuple[int, int]]) -> list
     operation = row["operation"] if isinstance(row["operation"], dict) else decode(row["operation"])
     words = " ".join(filter(None, (operation["op"], operation.get("value"))))
     done = (row.get("action_reprs") or [])[: int(row.get("target_action_index") or 0)]
-    history = "".join(f"\n{number}. {action}" for number, action in enumerate(done, 1)) or " none"
+    # + and not an f-string, which would write a number or an object as text where the row is wrong
+    history = "".join(f"\n{number}. " + action for number, action in enumerate(done, 1)) or " none"
     picture = {"type": "image", "image": f"{_as_text(row['screenshot'])}#xywh={left},{top},{width},{height}"}
-    prompt = (f"Task: {row['confirmed_task']}\nActions so far:{history}\n"
+    prompt = ("Task: " + row["confirmed_task"] + f"\nActions so far:{history}\n"
               "What is the next action? Answer with CLICK, TYPE or SELECT, the text if there is one, and the element's box.")
     answer = "{} <box>({},{}),({},{})</box>".format(words, *corners)
     return [{"role": "user", "content": [picture, {"type": "text", "text": prompt}]}, {"role": "assistant", "content": answer}]
@@ -85,5 +86,5 @@ def _read_raw_mind2web(row: dict) -> list:
 @dialect("WebVoyager", has("web_name", "ques", "web"))
 def _read_webvoyager(row: dict) -> Question:
     """A task without its answer; the site is what scores are reported by."""
-    prompt = f"Task: {row['ques']}\nStart page: {row['web']}"
+    prompt = "Task: " + row["ques"] + "\nStart page: " + row["web"]
     return Question([{"role": "user", "content": prompt}], {"site": row["web_name"], "url": row["web"]})

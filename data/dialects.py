@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.template import Template
-from data.turns import MARK, Problem, finish_turns, place_pictures, read_pictures, read_turn, short
+from data.turns import MARK, MISSHAPEN, Problem, finish_turns, place_pictures, read_pictures, read_turn, short
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def read_row(
             raise TypeError(f"the turns are not a list but {short(items)}")
         if note := found.note(row):
             notes[note] += 1
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except MISSHAPEN as error:
         raise Problem(f"not readable as {name}", f"{type(error).__name__} {error}") from None
     if template is not None and found is not TABLE:
         if not isinstance(items, Question):

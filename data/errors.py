@@ -19,6 +19,11 @@ class UserError(Exception):
     """Something in the user's flags, files or machine; the message is the whole explanation."""
 
 
+def printable(text: str) -> str:
+    """The text on one line, in characters that cannot move a terminal's cursor or change its colours."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
 def command(main: Callable[[], int | None]) -> None:
     """Run main() as a command: exit with its code (None is 0), or with 2 and one sentence for a UserError or a disk."""
     # before torch is imported: threads that wait sleep, for spinning beside another busy program costs four times the time
@@ -34,5 +39,5 @@ def command(main: Callable[[], int | None]) -> None:
         if error.errno not in REFUSED_BY_DISK:
             raise
         sentence = f"{error.filename or 'writing a file'}: {error.strerror}; make room or give the right to it, or name another"
-    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    print(f"error: {printable(sentence)}", file=sys.stderr)
     sys.exit(2)

@@ -8,8 +8,10 @@ bad_images.jsonl with its reason, and its row is left out of rows.jsonl and coun
 
 import hashlib
 import http.client
+import io
 import json
 import os
+import re
 import threading
 import time
 import urllib.error
@@ -18,9 +20,10 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import quote, urlsplit
 
-from data.errors import UserError
+from data.errors import UserError, printable
 from data.images import FORMATS, open_image
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -30,7 +33,7 @@ NUM_THREADS = 4
 
 @dataclass
 class Limits:
-    """Of one picture. seconds: for each wait on the connection, and for the body altogether."""
+    """Of one picture. seconds: for each try altogether, from the first word of the server to the last."""
 
     bytes: int = 16 * 2**20
     seconds: float = 30
@@ -40,7 +43,11 @@ class Limits:
 
 
 class Transient(Exception):
-    """A failure that another try may not meet."""
+    """A failure that another try may not meet; wait: the seconds that the server asks for before it."""
+
+    def __init__(self, message: str, wait: float = 0):
+        super().__init__(message)
+        self.wait = wait
 
 
 def fetch_images(
@@ -63,8 +70,8 @@ def fetch_images(
     limits, pool = limits or Limits(), ThreadPoolExecutor(NUM_THREADS)
     try:
         waiting = {pool.submit(fetch_image, url, folder / "images", hosts, limits): url for url in missing}
-        with open(journal, "w", encoding="utf-8") as lines:
-            lines.writelines(json.dumps({"url": url, "image": image}) + "\n" for url, image in images.items())
+        with open(journal, "a", encoding="utf-8") as lines:
+            lines.write("\n")  # behind a line that a kill has torn
             for future in tqdm(as_completed(waiting), desc="pictures", total=len(waiting), disable=not waiting):
                 url = waiting[future]
                 try:
@@ -103,7 +110,7 @@ def write_rows(
 
 
 def read_journal(journal: Path, folder: Path) -> dict[str, str]:
-    """url -> path of the pictures that are there already; a last line that a kill has torn is nobody's."""
+    """url -> path of the pictures that are there already; a line that a kill has torn is nobody's."""
     images = {}
     for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []:
         try:
@@ -120,12 +127,13 @@ def read_journal(journal: Path, folder: Path) -> dict[str, str]:
 
 def fetch_image(url: str, folder: Path, hosts: list[str], limits: Limits) -> str:
     """Fetch, check and store one picture; returns its file name. UserError with the reason after limits.tries."""
+    wait = 0.0
     for attempt in range(limits.tries):
-        time.sleep(limits.pause * attempt)
+        time.sleep(max(limits.pause * attempt, wait))
         try:
             return store(read_url(url, hosts, limits), folder)
         except Transient as error:
-            problem = str(error)
+            problem, wait = str(error), error.wait
     raise UserError(f"{problem}, {limits.tries} times")
 
 
@@ -143,8 +151,51 @@ def check_url(url: str, hosts: list[str]) -> None:
         raise UserError(f"{parts.scheme}://{parts.netloc} is not https of {', '.join(hosts)}; --image_host names others")
 
 
+class Until(io.RawIOBase):
+    """The bytes of a connection up to a moment. TimeoutError after it, for a server that always has one byte more."""
+
+    def __init__(self, connection: Any, end: float):
+        self.connection, self.end, self.stream = connection, end, connection.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self.connection.settimeout(left)
+        return self.stream.readinto(buffer)
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
+
 def opener(hosts: list[str], limits: Limits) -> urllib.request.OpenerDirector:
-    """Opens URLs; follows a few redirects, each to an allowed host."""
+    """Opens URLs; follows a few redirects, each to an allowed host, and has limits.seconds from now on for all of it."""
+    end = time.monotonic() + limits.seconds
+
+    def answer(connection: Any, **more: Any) -> http.client.HTTPResponse:
+        response = http.client.HTTPResponse(connection, **more)
+        response.fp.close()
+        response.fp = io.BufferedReader(Until(connection, end))
+        return response
+
+    class Limited:
+        def do_open(self, connect: Any, request: Any, **more: Any) -> Any:
+            def connected(*place: Any, **how: Any) -> Any:
+                connection = connect(*place, **how)
+                connection.response_class = answer
+                return connection
+
+            return super().do_open(connected, request, **more)
+
+    class Http(Limited, urllib.request.HTTPHandler):
+        pass
+
+    class Https(Limited, urllib.request.HTTPSHandler):
+        pass
 
     class Redirects(urllib.request.HTTPRedirectHandler):
         max_redirections = limits.redirects
@@ -153,13 +204,13 @@ def opener(hosts: list[str], limits: Limits) -> urllib.request.OpenerDirector:
             check_url(url, hosts)
             return super().redirect_request(request, answer, code, message, headers, url)
 
-    return urllib.request.build_opener(Redirects)
+    return urllib.request.build_opener(Redirects, Http, Https)
 
 
 def read_url(url: str, hosts: list[str], limits: Limits) -> bytes:
     """The body of a picture's URL. UserError for what will not change, Transient for what may."""
+    url = quote(url, safe="%!#$&'()*+,/:;=?@[]~")  # a blank or an umlaut, which browsers quote too
     check_url(url, hosts)
-    end = time.monotonic() + limits.seconds
     try:
         with opener(hosts, limits).open(urllib.request.Request(url, headers=HEADERS), timeout=limits.seconds) as answer:
             kind, length = answer.headers.get_content_type(), answer.headers.get("Content-Length")
@@ -170,18 +221,21 @@ def read_url(url: str, hosts: list[str], limits: Limits) -> bytes:
                 content += chunk
                 if len(content) > limits.bytes:
                     raise UserError(f"more than {limits.bytes:,} bytes")
-                if time.monotonic() > end:
-                    raise Transient(f"not there after {limits.seconds:g} seconds")
             if length is not None and len(content) != int(length):
                 raise Transient("the body is cut short")
             return bytes(content)
     except urllib.error.HTTPError as error:
         error.close()
-        refusal = f"the server answered {error.code}" if error.code not in (301, 302, 303, 307, 308) else "too many redirects"
-        raise Transient(refusal) if error.code == 429 or error.code >= 500 else UserError(refusal) from None
+        if error.code in (301, 302, 303, 307, 308):
+            raise UserError("too many redirects, or one to no web address") from None
+        refusal, after = f"the server answered {error.code}", error.headers.get("Retry-After", "")
+        wait = min(int(after), limits.seconds) if re.fullmatch(r"\d{1,6}", after) else 0
+        raise Transient(refusal, wait) if error.code == 429 or error.code >= 500 else UserError(refusal) from None
+    except TimeoutError:
+        raise Transient(f"not there after {limits.seconds:g} seconds") from None
     except (OSError, http.client.HTTPException, ValueError) as error:  # no name, no connection, a time-out, torn headers
         reason = getattr(error, "reason", error)
-        raise Transient(f"no answer ({reason if str(reason) else type(error).__name__})") from None
+        raise Transient(f"no answer ({printable(str(reason)) or type(error).__name__})") from None
 
 
 def store(content: bytes, folder: Path) -> str:

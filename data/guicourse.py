@@ -48,13 +48,13 @@ def _guienv_turns(row: dict) -> tuple[str, str]:
         answer = _places(answer)
     else:
         raise Problem("unknown task_type", short(row["task_type"]))
-    return GUIENV_PROMPT.format(question), answer
+    return GUIENV_PROMPT.replace("{}", question), answer  # refuses what is no text, where format() writes None or a dict
 
 
 def _guiact_turns(row: dict) -> tuple[str, str]:
     history, logs, thoughts = (row.get(name) for name in ("actions_history", "logs", "thoughts"))
     prompt = f"{MARK}\n" + f"Actions History\n{history}\n" * bool(history) + f"Informations\n{logs}\n" * bool(logs)
-    prompt += f"Your Task\n{row['question']}\nGenerate next actions to do this task."
+    prompt += "Your Task\n" + row["question"] + "\nGenerate next actions to do this task."
     actions = row["actions_label"] if isinstance(row["actions_label"], list) else [row["actions_label"]]
     answer = f"thoughts: {thoughts}\n" * bool(thoughts) + "actions:\n"
     return prompt, answer + "".join(_action_line(action) + "\n" for action in actions)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 MAX_DECODED_PIXELS = 50_000_000  # 150 MB as RGB; a page of 1,280 x 7,412, which Mind2Web has, is 9.5 million
 MAX_FILE_BYTES = 64 * 2**20
 MAX_ASPECT_RATIO = 200
+MAX_PATH = 4096  # letters; Linux opens none that is longer
 FREE_BYTES = 2**30  # of the disk that the cache leaves alone
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 FRAGMENT = re.compile(r"#xywh=(\d{1,6}),(\d{1,6}),(\d{1,6}),(\d{1,6})\Z")
@@ -88,10 +89,9 @@ def find_file(path: str, root: str, data_folder: str, anywhere: bool) -> tuple[s
     """
     if path.startswith(("http://", "https://", "data:")):
         raise UserError(f"{path[:60]} is a URL; nothing is fetched while training, save the picture as a file")
-    try:
-        targets = [os.path.realpath(os.path.join(base, path.removeprefix("file://"))) for base in (root, data_folder)]
-    except ValueError:  # a zero byte
-        raise UserError(f"{path[:60]!r} is not a path") from None
+    if "\0" in path or len(path) > MAX_PATH:
+        raise UserError(f"{path[:60]!r} is not a path")
+    targets = [os.path.realpath(os.path.join(base, path.removeprefix("file://"))) for base in (root, data_folder)]
     inside = [target for target in targets if anywhere or os.path.commonpath([root, target]) == root]
     found = next(filter(os.path.isfile, inside), None)
     if found:

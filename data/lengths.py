@@ -6,7 +6,7 @@ with the numbers that would admit it.
 """
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from heapq import nlargest
 
@@ -46,6 +46,11 @@ class Lengths:
         estimated = [self.estimates[index] for index in self.kept]
         return sum(estimated) / len(estimated) * self.longest / self.estimates[self.longest_rows[0]]
 
+    def longest_first(self) -> Iterator[int]:
+        """The kept rows, each once: longest_rows, then the others by their estimates, sorted when one is asked for."""
+        yield from self.longest_rows
+        others = set(self.kept).difference(self.longest_rows)
+        yield from sorted(others, key=lambda index: (-self.estimates[index], index))
 
     def typical(self) -> list[int]:
         """A row of middle length and the shortest, by estimate: with the longest, what the data looks like."""
@@ -96,17 +101,20 @@ def refuse_long(
 
 
 def find_longest(found: Lengths, records: Records, count: Count) -> None:
-    """Count the kept rows with the largest estimates exactly; those that turn out unusable leave `kept`."""
-    exact = {}
-    for index in nlargest(NUM_LONGEST, found.kept, key=found.estimates.__getitem__):
+    """Count kept rows from the largest estimate on exactly, until NUM_LONGEST can be used; those that cannot leave `kept`."""
+    exact, unusable = {}, set()
+    found.longest_rows = nlargest(NUM_LONGEST, found.kept, key=found.estimates.__getitem__)
+    for index in found.longest_first():
         record = records[index]
         try:
             exact[index] = sum(map(sum, count(record)))
         except UserError as error:
             found.unusable.append(entry(record, str(error)))
-            exact[index] = 0
-    found.kept = [index for index in found.kept if exact.get(index) != 0]
-    found.longest_rows = sorted(filter(exact.get, exact), key=exact.get, reverse=True)
+            unusable.add(index)
+        if len(exact) == NUM_LONGEST:
+            break
+    found.kept = [index for index in found.kept if index not in unusable]
+    found.longest_rows = sorted(exact, key=exact.get, reverse=True)
     found.longest = max(exact.values(), default=0)
 
 

@@ -1,12 +1,13 @@
 """Rows of one or more sources as conversations, every row checked before the first training step.
 
 A source is gone through once, and a row is parsed again when it is asked for, so that no source lies in memory (about
-50 bytes a row do). The check reads structure and picture headers, decodes no picture, costs about 20 us a text row, and
+60 bytes a row do). The check reads structure and picture headers, decodes no picture, costs about 20 us a text row, and
 turns whatever is wrong with a row into one sentence with file:line and the row's id.
 """
 
 import json
 import os
+import zlib
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -97,7 +98,7 @@ class Part:
 
     def clear(self) -> None:
         """No row."""
-        self.numbers, self.starts, self.sizes, self.text_bytes = (array("Q") for _ in range(4))
+        self.numbers, self.starts, self.sizes, self.sums, self.text_bytes = (array("Q") for _ in range(5))
         self.image_sizes: list[tuple[tuple[int, int], ...]] = []
         self.notes, self.dialects = Counter(), Counter()
         self.bad: list[dict] = []
@@ -122,6 +123,7 @@ class Part:
         self.numbers.append(number)
         self.starts.append(start)
         self.sizes.append(size)
+        self.sums.append(sum_of(raw))
         self.text_bytes.append(record.num_text_bytes())
         image_sizes = tuple(record.image_sizes) * len(record.conversations)  # both sides of a pair have them
         self.image_sizes.append(self._seen_sizes.setdefault(image_sizes, image_sizes))
@@ -135,9 +137,14 @@ class Part:
         number = self.numbers[index]
         where = f"{self.source.name}:{number}"
         try:
-            return self.record(self.source.read(number, self.starts[index], self.sizes[index]), where, Counter())
-        except (Problem, OSError) as problem:
-            raise UserError(f"{where} was good when the run began and is not now: {problem}") from None
+            raw = self.source.read(number, self.starts[index], self.sizes[index])
+            if sum_of(raw) != self.sums[index]:  # a good row too would be one in the place of another
+                raise Problem("its text was changed")
+            return self.record(raw, where, Counter())
+        except (Problem, OSError, UserError) as problem:
+            error = UserError(f"{where}: it was good when the run began and is not now: {problem}")
+            error.where = error.id = where
+            raise error from None
 
     def describe(self) -> dict:
         """For the journal and the report: the file, its rows, refused ones included, and what it is known by."""
@@ -205,6 +212,11 @@ class Part:
         except UserError as error:
             raise Problem("a picture is missing or unreadable", str(error)) from None
         return size
+
+
+def sum_of(raw: object) -> int:
+    """Tells the bytes of one row from those of another; 0 for a row that is no bytes, of a table or a run."""
+    return zlib.crc32(raw) if isinstance(raw, bytes) else 0
 
 
 class Records:

@@ -15,7 +15,7 @@ from typing import Any
 
 from data.batches import epoch_order, hash_seed
 from data.boxes import boxes_of
-from data.errors import UserError
+from data.errors import UserError, printable
 from data.lengths import Lengths, find_longest, measure, remedy
 from data.records import KINDS, Record, Records, read_sources
 from data.sources import name_apart, open_sources
@@ -41,7 +41,7 @@ class Rows:
         dialects = ", ".join(f"{count} {name}" for name, count in self.train.dialects.items())
         notes = "".join(f"; {count} x {note}" for note, count in self.train.notes.items())
         held = "".join(f", {len(rows)} in {name}" for name, (_, rows) in self.eval_sets.items())
-        total = sum(file["rows"] for file in self.files)
+        total = sum({file["file"]: file["rows"] for file in self.files}.values())  # one may be trained on and evaluated
         skipped = f"skipped {len(self.bad)} of {total} rows\n" if self.bad else ""
         weights = [f"{part.source.entry} x {part.source.weight:g}" for part in self.train.parts]
         weighed = f", an epoch is {', '.join(dict.fromkeys(weights))}" if any(not w.endswith(" x 1") for w in weights) else ""
@@ -57,12 +57,14 @@ class Rows:
     def usable(self, examples: list) -> list:
         """The examples without the rows that turned out bad in a worker. Raises the first one's UserError unless such
         rows are to be skipped; then they are counted and written down."""
-        bad = [e for e in examples if isinstance(e, UserError)]
+        errors = [e for e in examples if isinstance(e, UserError)]
+        bad = [{"where": e.where, "id": e.id, "problem": str(e).removeprefix(f"{e.where}: ")} for e in errors]
+        sentences = [f"{row['where']}: {row['problem']}" for row in bad]
         if bad and self.on_bad_row == "stop":
-            raise UserError(f"{bad[0]}; correct it and start again, or go on without it: --on_bad_row skip --resume yes")
-        for error in bad:
-            print(f"skipped {error}")
-            self.refuse([{"where": error.where, "id": error.id, "problem": str(error).removeprefix(f"{error.where}: ")}])
+            raise UserError(f"{sentences[0]}; correct it and start again, or go on without it: --on_bad_row skip --resume yes")
+        for sentence in sentences:
+            print(f"skipped {printable(sentence)}")
+        self.refuse(bad)
         return [e for e in examples if not isinstance(e, UserError)]
 
     def refuse(self, bad: list[dict]) -> None:

@@ -85,7 +85,7 @@ class Lines(Source):
                 offset += len(line)
                 while not rest.endswith(b"\n") and (rest := file.readline(2**20)):  # the tail of a line that is too long
                     offset += len(rest)
-                if line.strip():
+                if line.strip() or len(line) > MAX_ROW_BYTES:
                     yield number, start, len(line), line
 
 
@@ -114,17 +114,19 @@ class Document(Source):
         return steps[number - 1] if number <= len(steps) else None
 
     def parse(self, raw: object) -> object:
-        return decode(raw) if isinstance(raw, bytes) else raw
+        if isinstance(raw, Problem):
+            raise raw
+        return raw
 
     @staticmethod
     def expand(raw: bytes) -> list:
-        """The rows that the first dialect that knows such a file makes of it, else itself as the one row."""
+        """The rows that the first dialect that knows such a file makes of it, else itself as the one row, or its Problem."""
+        found = [getattr(module, "expand", None) for name, module in sys.modules.items() if name.startswith("data.dialect_")]
         try:
             document = decode(raw)
-        except Problem:  # parse() meets it again
-            return [raw]
-        found = [getattr(module, "expand", None) for name, module in sys.modules.items() if name.startswith("data.dialect_")]
-        return next(filter(None, (expand(document) for expand in found if expand)), [document])
+            return next(filter(None, (expand(document) for expand in found if expand)), [document])
+        except Problem as problem:
+            return [problem]
 
 
 class Sheet(Source):
@@ -137,7 +139,12 @@ class Sheet(Source):
         with open(path, "rb") as file:
             names = file.readline(MAX_ROW_BYTES)
         self.separator = "," if b"," in names else next((mark for mark in ";\t" if mark.encode() in names), ",")
-        self.columns = next((self._cells(raw) for _, _, _, raw in self._split()), [])
+        try:
+            self.columns = next((self._cells(raw) for _, _, _, raw in self._split()), [])
+        except Problem as problem:
+            raise UserError(f"{path}: its first row, the names of the columns, is {problem}; correct it") from None
+        if twice := [name for name in self.columns if name and self.columns.count(name) > 1]:
+            raise UserError(f"{path} has two columns called {twice[0]!r}; rename or remove one")
 
     def pieces(self) -> Iterator[Piece]:
         rows = self._split()
@@ -145,7 +152,8 @@ class Sheet(Source):
         return rows
 
     def _split(self) -> Iterator[Piece]:
-        """Rows are cut by the csv reader itself, for a quoted cell may hold line ends."""
+        """Rows are cut by the csv reader itself, for a quoted cell may hold line ends. UserError where such a cell goes wrong:
+        its quote may have taken the rows behind it in."""
         taken: list[bytes] = []  # the lines that the reader asked for until it had a row
         with open(self.path, "rb") as file:
             lines = (taken.append(line) or line.decode("utf-8-sig", "surrogateescape") for line in file)
@@ -153,8 +161,13 @@ class Sheet(Source):
             while cells is not None:
                 try:
                     cells = next(reader, None)
-                except csv.Error:  # parse() meets it again
-                    cells = ["?"]
+                except csv.Error as error:
+                    if len(taken) > 1:
+                        raise UserError(
+                            f"{self.name}:{number} is not valid CSV ({error}): a quoted cell goes on over {len(taken)} lines, "
+                            "which may be rows of their own; close its quotes, or remove them"
+                        ) from None
+                    cells = ["?"]  # parse() meets it again
                 raw = b"".join(taken)
                 if cells and raw.strip():
                     yield number, offset, len(raw), raw
@@ -281,12 +294,13 @@ def _open_file(path: Path) -> Source:
         head = file.read(2**16)
         body = head.removeprefix(b"\xef\xbb\xbf").lstrip()
         file.seek(len(head) - len(body))
-        line = file.readline(MAX_ROW_BYTES) if body.startswith(b"{") else b""
-        is_one_object = path.suffix == ".json" and line and not (line.rstrip().endswith(b"}") and file.read(2**16).strip())
+        # one value a line: the first line closes what it opens, and more follows; a .json's array may close another there
+        closing = b"}" if body.startswith(b"{") else b"]" if path.suffix == ".jsonl" else None
+        is_lines = closing and file.readline(MAX_ROW_BYTES).rstrip().endswith(closing) and file.read(2**16).strip()
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path} is UTF-16; save it as UTF-8")
     if path.suffix == ".csv":
         return Sheet(path)
-    if body.startswith(b"["):
+    if body.startswith(b"[") and not is_lines:
         return Array(path, len(head) - len(body))
-    return Document(path) if is_one_object else Lines(path)
+    return Document(path) if path.suffix == ".json" and body.startswith(b"{") and not is_lines else Lines(path)

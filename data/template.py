@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from string import Formatter
 
 from data.errors import UserError
-from data.turns import MARK, Problem, short
+from data.turns import MARK, MISSHAPEN, Problem, short
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def fill(template: str, row: dict) -> str:
             value = ", ".join(map(str, value))
         try:
             text += format(value, rule)
-        except (ValueError, TypeError) as error:
+        except MISSHAPEN as error:
             raise Problem(f"column {name} does not fit {{{name}:{rule}}}", f"{short(value)}: {error}") from None
     return text
 

@@ -14,6 +14,8 @@ MAX_DEPTH = 100  # of a row: what walks one later has Python's limit of 1,000 fr
 MARK = "<image>"
 MARKS = re.compile(r"(<image(?:_\d+)?>)")  # GUICourse numbers them where a row has several pictures
 PICTURE_KEYS = ("image", "images", "screenshot")
+# What a reader of one shape of row meets in a row of another shape.
+MISSHAPEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 TURN_KEYS = {"role", "from", "content", "value", "tool_calls", "train", *PICTURE_KEYS}
 ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {
     "human": "user", "gpt": "assistant", "developer": "system", "observation": "tool", "function_call": "assistant",
@@ -38,13 +40,16 @@ def short(value: object) -> str:
 # ---- JSON ----------------------------------------------------------------------------------------------------------
 
 def decode(raw: bytes | str) -> object:
-    """JSON that can be tokenized and written again: UTF-8, no lone surrogate, no infinity, not MAX_DEPTH deep. NaN, by which
-    pandas writes an empty cell, is null."""
+    """JSON that can be tokenized and written again: UTF-8, no lone surrogate, no infinity, not MAX_DEPTH deep, no key twice in
+    one object, of which JSON would keep the last in silence, and NaN only as a field of the row itself: so pandas writes an
+    empty cell, and it is null here."""
     if len(raw) > MAX_ROW_BYTES:
         raise Problem("row too large", f"more than {MAX_ROW_BYTES:,} bytes")
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
         value = _decoder.decode(text)
+        if "NaN" in text:
+            value = _without_empty_cells(value)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeError as error:
@@ -68,14 +73,33 @@ def _refuse_deep(value: object) -> None:
     raise Problem("nested too deeply", f"more than {MAX_DEPTH} levels")
 
 
-def _finite(number: str) -> float | None:
+def _without_empty_cells(row: object) -> object:
+    """The row with null for NaN in its fields; Problem for a NaN anywhere else."""
+    if isinstance(row, dict):
+        row = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+    try:
+        json.dumps(row, allow_nan=False)
+    except ValueError:
+        raise Problem("a number is NaN", "what is trained on has to be a number or null") from None
+    return row
+
+
+def _finite(number: str) -> float:
     value = float(number)  # "NaN" and "Infinity" come here too, and 1e999 is infinite
     if math.isinf(value):
         raise Problem("a number is infinite", number[:20])
-    return None if math.isnan(value) else value
+    return value
 
 
-_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise Problem("a key stands twice in one object", short(next(name for name in names if names.count(name) > 1)))
+    return found
+
+
+_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_finite, object_pairs_hook=_once)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 

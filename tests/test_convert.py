@@ -11,7 +11,7 @@ from conftest import ROOT, shared
 from PIL import Image
 
 from data.boxes import parse_boxes
-from data.convert import convert_guicourse, read_pictures
+from data.convert import convert_guicourse, converted, read_pictures
 from data.errors import UserError
 from data.guicourse import convert_row
 from data.images import open_image
@@ -132,10 +132,13 @@ def test_guichat_rows():
     (guienv(question="<box>1, 2, 3</box>"), "not a box or point"), (guienv(question="text"), "not a box or point"),
     (guienv(question="<box>0.1, 0.2, 1.3, 0.4</box>"), "outside of the picture"),
     (guiact(action("tap", point={"related": "<point>-0.1, 0.5</point>"})), "outside of the picture"),
+    (guiact(action("scroll", scroll={"down": "1e999", "right": "0"})), "OverflowError"),
+    (guiact(action("enter"), question=None), "TypeError"), (guiact(action("enter"), image_id=["i"]), "id is no text"),
+    (guienv(task_type="text2bbox", question=None, answer=BOX), "TypeError"),
 ])
 def test_rows_that_are_not_converted(raw, expected):
     with pytest.raises(Problem, match=expected):
-        convert_row(raw)
+        converted(raw)
 
 
 # ---- Whole files ---------------------------------------------------------------------------------------------------

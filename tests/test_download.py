@@ -7,6 +7,8 @@ import select
 import shutil
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy
@@ -294,6 +296,15 @@ def shop(hub, monkeypatch):
         while not hub.release.wait(0.05):
             handler.wfile.write(b"x")
 
+    def endless(handler):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        while not hub.release.wait(0.05):
+            handler.wfile.write(b"x")
+
+    def busy(handler):
+        hub.pictures["busy"] = image(red)
+        handler.send(429, headers={"Retry-After": "7"})
+
     def truncate(handler):
         handler.send(200, red[:40], {"Content-Type": "image/png"}, length=len(red))
         handler.close_connection = True
@@ -311,7 +322,9 @@ def shop(hub, monkeypatch):
     hub.pictures = {
         "red": image(red), "again": image(red), "flaky": flaky, "moved": move("/pictures/red"),
         "gone": lambda handler: handler.send(404), "page": image(b"<html>", "text/html"), "cut": truncate,
-        "torn": image(red[:40]), "text": image(b"hello"), "large": image(bytes(200_000)), "slow": stall, "drip": drip,
+        "torn": image(red[:40]), "text": image(b"hello"), "large": image(bytes(200_000)),
+        "slow": stall, "drip": drip, "endless": endless,
+        "busy": busy, "a b": image(red), "nowhere": move("file:///etc/hostname"), "junk": lambda h: h.wfile.write(b"\x1b[2J\n"),
         "bomb": image(bytes(bomb)), "loop": move("/pictures/loop"), "away": move("http://localhost:1/x"),
         "tiff": image(picture_bytes("red", "TIFF")), "broken": lambda handler: handler.send(500),
     }  # fmt: skip
@@ -325,13 +338,15 @@ def sell(hub, urls: list[str]) -> None:
 
 BAD = {
     "gone": "answered 404", "page": "text/html, not a picture", "cut": "cut short", "torn": "damaged", "text": "damaged",
-    "large": "more than 100,000 bytes", "slow": "no answer", "drip": "not there after 0.5 seconds", "bomb": "8000 x 8000",
+    "large": "more than 100,000 bytes", "bomb": "8000 x 8000",
+    "slow": "not there after 0.5 seconds", "drip": "not there after 0.5 seconds", "endless": "not there after 0.5 seconds",
+    "nowhere": "no web address", "junk": "no answer (?[2J)",
     "loop": "too many redirects", "away": "localhost:1 is not https of", "tiff": "is not one of", "broken": "500, 2 times",
 }  # fmt: skip
 
 
 def test_pictures_of_a_table(shop, tmp_path, capsys):
-    good = ["red", "again", "flaky", "moved", "red"]
+    good = ["red", "again", "flaky", "moved", "a b"]
     urls = [f"http://{shop.netloc}/pictures/{name}" for name in [*good, *BAD]]
     others = {"N.A.": "not a URL", "file:///etc/hostname": "not a URL",
               f"https://{shop.netloc}/pictures/red": "is not https of",
@@ -368,6 +383,25 @@ def test_pictures_are_fetched_once_and_failures_when_asked(shop, tmp_path):
     assert [path for _, path, _ in shop.requests] == ["/pictures/gone"]
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "bad_images.jsonl").read_text() == ""
+
+
+def test_a_server_that_asks_for_time_is_given_it(shop, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr("data.fetch_images.time", SimpleNamespace(sleep=waits.append, monotonic=time.monotonic))
+    sell(shop, [f"http://{shop.netloc}/pictures/busy"])
+    download("burberry", tmp_path, hosts=[shop.netloc])
+    assert waits == [0, 0.5] and (tmp_path / "bad_images.jsonl").read_text() == ""  # 7 seconds, but no more than the limit
+
+
+def test_a_second_kill_costs_no_picture(shop, tmp_path, monkeypatch):
+    sell(shop, [f"http://{shop.netloc}/pictures/red"])
+    download("burberry", tmp_path, hosts=[shop.netloc])
+    (tmp_path / "bad_images.jsonl").unlink()
+    journal, at_work = tmp_path / "images.jsonl", []
+    before = journal.read_text()
+    monkeypatch.setattr("data.fetch_images.as_completed", lambda waiting: at_work.append(journal.read_text()) or [])
+    download("burberry", tmp_path, hosts=[shop.netloc])
+    assert at_work[0].startswith(before)  # what a kill at this moment would leave
 
 
 def test_pictures_come_from_the_shop_alone(shop, tmp_path):

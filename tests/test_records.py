@@ -11,6 +11,7 @@ import sys
 import pytest
 from conftest import shared
 from PIL import Image
+from test_check import damage
 
 from data.dialects import DIALECTS, dialect, has
 from data.errors import UserError
@@ -184,6 +185,7 @@ BAD = {  # what the sentence says: the row
     "a row is not an object": [1],
     "a number is infinite": {"messages": CHAT, "score": float("inf")},
     "not valid UTF-8": {"messages": user_and_answer("\ud800")},
+    "not readable as WebVoyager": {"web_name": "Allrecipes", "ques": None, "web": "https://x"},
 }
 
 
@@ -196,6 +198,7 @@ def test_bad_rows(write, expected):
     (b'{"messages": ', "not valid JSON"), (b"[" * 100_000, "nested too deeply"), (b'{"a": ' * 100_000, "too deeply"),
     (b'{"messages": "\xff\xfe"}', "not valid UTF-8"), (b'{"messages": 1e999}', "a number is infinite"),
     (b'{"messages": ' + b"1" * 5000 + b"}", "not valid JSON"), (b"null", "not an object"), (b"\0\0", "not valid JSON"),
+    (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "'content'"),
 ])
 def test_bad_lines(write, line, expected):
     path = write([{"messages": CHAT}] * 3)
@@ -214,6 +217,14 @@ def test_a_row_that_is_too_long(write, monkeypatch):
     records = open_records(write(rows), on_bad_row="skip")
     assert "row too large" in records.bad[0]["problem"]
     assert [record.where for record in records] == ["rows.jsonl:1", "rows.jsonl:3"]
+    path = write([])
+    path.write_bytes(b" " * 4000 + json.dumps({"messages": CHAT}).encode())  # what is read of it is blank
+    assert "row too large" in open_records(path, on_bad_row="skip").bad[0]["problem"]
+
+
+def test_a_list_in_the_first_line_is_one_bad_row(write):
+    records = open_records(write([[1], {"messages": CHAT}]), on_bad_row="skip")
+    assert [row["where"] for row in records.bad] == ["rows.jsonl:1"] and records[0].where == "rows.jsonl:2"
 
 
 def test_byte_order_mark_and_line_ends(write):
@@ -330,8 +341,16 @@ def test_rows_are_read_from_disk_again(write):
     with pytest.raises(IndexError):
         records[50]
     path.write_bytes(path.read_bytes().replace(b"role", b"rule"))
-    with pytest.raises(UserError, match="rows.jsonl:8 was good"):
+    with pytest.raises(UserError, match="rows.jsonl:8: it was good"):
         records[7]
+
+
+def test_a_row_does_not_take_the_place_of_another(write):
+    path = write([{"messages": user_and_answer("a")}, {"messages": user_and_answer("b")}])
+    records = open_records(path)
+    path.write_bytes(b"\n".join(reversed(path.read_bytes().splitlines())) + b"\n")  # both are good, and as long
+    with pytest.raises(UserError, match="^rows.jsonl:1: .* is not now: its text was changed"):
+        records[0]
 
 
 def test_a_file_of_rows_does_not_stay_in_memory(write):
@@ -370,34 +389,6 @@ def test_real_guicourse_rows():
 
 
 # ---- 1,000 damaged rows --------------------------------------------------------------------------------------------
-
-WRONG = [None, True, -1, 0.5, float("nan"), float("inf"), "", "x", "\ud83d", "\0", [], {}, [[]], [None], {"": {}}, [{}],
-         "../../etc/passwd", "http://host/a.png", "9" * 3000, [[[[[[]]]]]], "<image>" * 50, {"<image>": 1}, 10**400]
-
-
-def damage(row, rng):
-    """Replace, remove, wrap or double one random value anywhere in a row."""
-    row = copy.deepcopy(row)
-    places, queue = [], [row]
-    while queue:
-        node = queue.pop()
-        for key in node if isinstance(node, dict) else range(len(node)):
-            places.append((node, key))
-            queue += [node[key]] if isinstance(node[key], dict | list) else []
-    node, key = rng.choice(places)
-    kind = rng.randrange(4)
-    if kind == 0:
-        node[key] = copy.deepcopy(rng.choice(WRONG))
-    elif kind == 1:
-        del node[key]
-    elif kind == 2:
-        node[key] = [node[key]] if rng.random() < 0.5 else {"role": node[key]}
-    else:
-        node[key] = [node[key], node[key]] if isinstance(node, list) else node
-        if isinstance(node, dict):
-            node[key] = None
-    return row
-
 
 def test_a_thousand_damaged_rows_are_all_accounted_for(write, tmp_path):
     rng = random.Random(0)

@@ -144,6 +144,18 @@ def test_csv_with_another_separator(tmp_path, mark):
     assert [turn["content"] for turn in record.messages] == [f"a{mark}, b", "c, d"] and record.where == "rows.csv:2"
 
 
+@pytest.mark.parametrize("content, words", [
+    (b"pro\xffmpt,completion\na,b\n", "names of the columns.*UTF-8"), (b'"a"b,c\nd,e\n', "names of the columns.*CSV"),
+    (b"prompt,completion,completion\na,b,c\n", "two columns called 'completion'"),
+    (b'prompt,completion\na,"b\nc,d\ne,f\n', "rows.csv:2 .* 3 lines"),  # no row is swallowed by another's quote,
+    (b'prompt,completion\na,"b\nc,d\ne,"f"\ng,h\n', "rows.csv:2 .* 3 lines"),  # whether or not it is closed later
+])
+def test_a_csv_that_does_not_come_apart_into_rows(tmp_path, content, words):
+    (tmp_path / "rows.csv").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        open_records(tmp_path / "rows.csv", on_bad_row="skip")
+
+
 def test_parquet_is_read_by_row_groups(tmp_path, monkeypatch):
     from data import tables
 
@@ -277,6 +289,8 @@ def test_one_object_is_one_row_or_the_steps_of_a_run(tmp_path, monkeypatch):
     assert records[1].messages == chat("b")["messages"]
     path.write_text(json.dumps(chat("one"), indent=1))
     assert len(open_records(path)) == 1
+    path.write_text(json.dumps({"run_id": "r", "solver_history": None}))  # a dialect knows it, and cannot expand it
+    assert "a run without messages" in open_records(path, on_bad_row="skip").bad[0]["problem"]
     path.write_text('{"steps": [')
     assert "not valid JSON" in open_records(path, on_bad_row="skip").bad[0]["problem"]
 
@@ -420,6 +434,8 @@ def test_a_damaged_index_is_made_again(indexed):
         damaged = whole[:place] + (bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :] if number % 2 else b"")
         path.write_bytes(damaged)
         assert found_in(indexed) == expected
+    path.write_bytes(b"[" * 200_000)
+    assert found_in(indexed) == expected
     assert path.read_bytes() == whole
 
 
@@ -436,6 +452,9 @@ def test_where_the_folder_cannot_be_written_the_index_lies_in_the_cache(indexed,
     assert found_in(indexed) == expected
     assert [path.name for path in indexed.parent.iterdir() if path.name.startswith(".")] == []
     assert len(list((tmp_path / "cache").rglob("*.index"))) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert found_in(indexed) == expected
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(Lines, "pieces", lambda source: pytest.fail("the rows were gone through again"))
     assert found_in(indexed) == expected
 

@@ -67,6 +67,7 @@ def test_a_table_without_pictures(table):
     ({"title": None}, "column title is empty"), ({"imageurl": ""}, "column imageurl is empty"),
     ({"imageurl": "http://host/a.jpg"}, "is a URL; nothing is fetched while training"),
     ({"imageurl": "n.a."}, "missing or unreadable"), ({"full_price": "N.A."}, "column full_price does not fit"),
+    ({"full_price": 10**400}, "column full_price does not fit"),
 ])
 def test_bad_rows_of_a_table(table, change, expected):
     with pytest.raises(UserError, match=f"table.jsonl:2 .*{expected}"):

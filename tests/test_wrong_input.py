@@ -424,10 +424,32 @@ def test_a_bad_row_in_the_middle_of_a_run(refused, monkeypatch, capsys, world, t
     assert steps == list(range(1, 7))
 
 
+def test_the_longest_rows_are_bad(monkeypatch, capsys, world, tmp_path):
+    """More of them than the rehearsal takes, and all but the last two rows: those are trained on."""
+    truncated_picture(tmp_path)
+    shutil.copy(world / "shot.png", tmp_path)
+    rows = write_rows(tmp_path / "x.jsonl", [picture_row("x.png")] * 17 + [picture_row("shot.png")] * 2)
+    flags = train_flags(world, tmp_path / "out", "--use_lora", "--epochs", 1, "--on_bad_row", "skip", base="vl", rows=rows)
+    code, out, _ = door(monkeypatch, capsys, train.main, *flags)
+    assert code == 0 and "skipped x.jsonl:17: picture" in out
+    assert len((tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()) == 17
+
+
+def test_the_longest_rows_have_no_form(monkeypatch, capsys, world, tmp_path):
+    """As above, for rows that the template cannot render."""
+    call = {"type": "function", "function": {"name": "click", "arguments": {}}}
+    turns = [{"role": "user", "content": "w" * 99}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    rows = write_rows(tmp_path / "x.jsonl", [{"messages": turns}] * 17 + [picture_row("shot.png")] * 2)
+    shutil.copy(world / "shot.png", tmp_path)
+    flags = train_flags(world, tmp_path / "out", "--epochs", 1, "--on_bad_row", "skip", base="vl", rows=rows)
+    code, out, _ = door(monkeypatch, capsys, train.main, *flags)
+    assert code == 0 and "skipped 17 of 19 rows" in out
+
+
 def test_every_picture_is_bad(refused_run, tmp_path):
     truncated_picture(tmp_path)
     rows = write_rows(tmp_path / "x.jsonl", [picture_row("x.png")] * 2)
-    refused_run("none of the longest rows", "bad_rows.jsonl", base="vl", rows=rows, flags=["--on_bad_row", "skip"])
+    refused_run("none of the rows", "bad_rows.jsonl", base="vl", rows=rows, flags=["--on_bad_row", "skip"])
 
 
 def test_a_picture_that_cannot_be_resized_is_skipped(monkeypatch, capsys, world, tmp_path):
@@ -435,7 +457,7 @@ def test_a_picture_that_cannot_be_resized_is_skipped(monkeypatch, capsys, world,
     shutil.copy(world / "shot.png", tmp_path)
     rows = write_rows(tmp_path / "x.jsonl", [picture_row("x.png"), picture_row("shot.png")])
     flags = train_flags(world, tmp_path / "out", "--use_lora", "--max_steps", 1, "--on_bad_row", "skip", base="vl", rows=rows)
-    code, out, _ = door(monkeypatch, capsys, train.main, *flags)
+    code, out, _ = door(monkeypatch, capsys, train.main, *flags, "--eval_path", rows)  # a row of both counts once
     assert code == 0 and "skipped 1 of 2 rows" in out
 
 

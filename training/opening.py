@@ -10,6 +10,7 @@ from typing import Any
 
 from data.batches import Encoded
 from data.explain import explain_rows
+from data.lengths import NUM_LONGEST
 from training.journal import now
 from training.rehearsal import Forecast, fill, rehearse
 
@@ -18,8 +19,11 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "to
 
 def rehearse_run(run: Any) -> Forecast:
     """Run the worst of the run once and undo it; print the forecast and three rows as the model sees them."""
-    rows, tokens = run.rows, run.state.micro_tokens
-    longest = rows.usable(list(Encoded(rows.train, run.stage.encode, rows.lengths.longest_rows)))
+    rows, tokens, longest = run.rows, run.state.micro_tokens, []
+    for index in rows.lengths.longest_first():  # the longest that can be used: a picture decodes or does not only now
+        longest += rows.usable(list(Encoded(rows.train, run.stage.encode, [index])))
+        if len(longest) == NUM_LONGEST:
+            break
     worst, examples = fill(longest, tokens, run.batches.step_rows), []
 
     def backward() -> tuple[int, float]:

@@ -187,7 +187,7 @@ def find_non_finite(model) -> str:
 def fill(examples: list, micro_tokens: int, step_rows: int) -> list:
     """The examples, over and over, until they fill one packed row or a step. UserError if there is none."""
     if not examples:
-        raise UserError("none of the longest rows can be used; each one's fault is in bad_rows.jsonl of the output folder")
+        raise UserError("none of the rows can be used; each one's fault is in bad_rows.jsonl of the output folder")
     picked, room = [examples[0]], micro_tokens - len(examples[0])
     for example in islice(cycle(examples), 1, step_rows):
         if len(example) <= room:

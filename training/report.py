@@ -235,7 +235,7 @@ def sample(row: Sample) -> str:
 
 def bad_rows(report: Report) -> str:
     """Rows that could not be used, the first 100 of them."""
-    num_rows = sum(part["rows"] for part in report.last("start").get("data", []))
+    num_rows = sum({part["file"]: part["rows"] for part in report.last("start").get("data", [])}.values())
     shown = [[row["where"], row["id"], row["problem"]] for row in report.bad_rows[:100]]
     caption = f"{len(report.bad_rows):,} {f'of {num_rows:,} ' if num_rows else ''}rows cannot be used"
     caption += f"; the first {len(shown)}" if len(shown) < len(report.bad_rows) else ""
