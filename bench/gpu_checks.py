@@ -323,12 +323,11 @@ def check_decoding(device: torch.device, scratch: Path, dry: bool) -> Iterator[R
     write_folder("qwen2", folder, tiny=dry)
     with patch("model.load.Shards", RandomShards):
         model, family = load_model(folder, None, torch.bfloat16, device)
+    prompt, num_tokens = family.example(torch.arange(200) % 256, [NO_LOSS] * 200), 8 if dry else 256
     for num_samples in (1, 64):
-        prompt = family.example(torch.arange(200) % 256, [NO_LOSS] * 200)
         for replayed in (False, True):
-            seconds = seconds_of(lambda: answer(model, [prompt], num_samples, 8 if dry else 256, replayed, []), device, 1)  # noqa: B023
-            how = "graphs" if replayed else "plain calls"
-            rate = num_samples * (8 if dry else 256) / seconds
+            seconds = seconds_of(lambda: answer(model, [prompt], num_samples, num_tokens, replayed, []), device, 1)  # noqa: B023
+            how, rate = "graphs" if replayed else "plain calls", num_samples * num_tokens / seconds
             yield {"what": f"{num_samples} answers by {how}", "status": "ok", "tokens_per_second": rate}
 
 

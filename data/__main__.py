@@ -134,8 +134,14 @@ def show_rows(flags: argparse.Namespace) -> None:
     family, records = open_family_and_rows(config, takes)
     if not len(records):
         records.refuse()
-    chosen = [records[index] for index in choose_rows(records, measure_rows(records, config, family), flags.rows)]
-    rows = [(record, encode_row(family, record)) for record in chosen]
+    rows = []
+    for index in choose_rows(records, measure_rows(records, config, family), flags.rows):
+        try:
+            rows.append((records[index], encode_row(family, records[index])))
+        except UserError as error:
+            if config.on_bad_row == "stop":
+                raise
+            print(f"left out: {error}")
     print(explain_rows([example for _, examples in rows for example in examples], family.tokenizer, 4000 * len(rows)))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "show.html"

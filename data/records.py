@@ -22,7 +22,8 @@ from data.boxes import KEEP, BoxRule
 from data.dialects import read_row
 from data.errors import UserError
 from data.images import DATA_URL, OutsideRoot, find_image, image_size, split_part
-from data.sources import Source, open_sources
+from data.paths import open_sources
+from data.sources import Source
 from data.template import Template
 from data.turns import Problem, parts_of, read_tools, short
 
@@ -280,7 +281,7 @@ def open_records(
     boxes: BoxRule = KEEP,
     keep_index: bool = True,
 ) -> Records:
-    """Every row of what `path` names (see data/sources.py), checked; pictures lie below image_root, or, without one,
+    """Every row of what `path` names (see data/paths.py), checked; pictures lie below image_root, or, without one,
     below the folder of their file.
 
     takes: the kinds of row that are good, as a stage names them. template: the run's words for the rows of a table. boxes:

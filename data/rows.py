@@ -17,8 +17,8 @@ from data.batches import epoch_order, hash_seed
 from data.boxes import boxes_of
 from data.errors import UserError, printable
 from data.lengths import Lengths, find_longest, measure, remedy
+from data.paths import name_apart, open_sources
 from data.records import KINDS, Record, Records, read_sources
-from data.sources import name_apart, open_sources
 from data.template import make_template
 
 

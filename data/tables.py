@@ -63,13 +63,19 @@ class Parquet(Table):
         return self.rows_of(self.group(group).slice(number - 1 - self.first_rows[group], 1))[0]
 
     def group(self, group: int) -> "pyarrow.Table":
+        """The rows of a row group. UserError where they are damaged."""
+        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
 
         key = (*self.stamp(), group)
         held = _held.pop(key, None)
         if held is None:
-            with ParquetFile(self.path) as file:
-                table = file.read_row_group(group, use_threads=False)  # threads do not live on in a forked worker
+            try:
+                with ParquetFile(self.path) as file:
+                    table = file.read_row_group(group, use_threads=False)  # threads do not live on in a forked worker
+            except (ArrowException, OSError) as error:
+                rows = f"rows {self.first_rows[group] + 1} to {self.first_rows[group + 1]}"
+                raise UserError(f"{self.path}: {rows} cannot be read ({error}); save or download the file again") from None
             while _held and sum(size for _, size in _held.values()) + table.nbytes > HELD_BYTES:
                 del _held[next(iter(_held))]
             held = table, table.nbytes
@@ -110,8 +116,11 @@ def open_parquet(path: Path) -> Table:
         with ParquetFile(path) as file:
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
             sizes, counts = [group.total_byte_size for group in groups], [group.num_rows for group in groups]
+            names = file.schema_arrow.names
     except (ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet: {error}; save or download it again") from None
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{path} has two columns called {twice[0]!r}; rename or remove one")
     if max(sizes, default=0) <= GROUP_BYTES:
         return Parquet(path, counts)
     return Arrow(load("parquet", "train", data_files=str(path)), path.name, path)

@@ -165,7 +165,8 @@ def score(flags: argparse.Namespace) -> None:
     name = flags.task.rpartition(":")[2]
     chosen = [records[i] for i in range(min(len(records), flags.limit or len(records)))]
     if flags.reward:
-        task = replace(task, metrics=[task.judged(flags.reward, folder, flags.requests_per_minute)])
+        how = {"folder": folder, "requests_per_minute": flags.requests_per_minute, "device": flags.device}
+        task = replace(task, metrics=[task.judged(flags.reward, **how)])
     sampling = task.sampling | {key: getattr(flags, key) for key in SAMPLING if getattr(flags, key) is not None}
     if sampling.get("num_samples", 1) > 1 and not sampling.get("temperature"):
         raise UserError("--num_samples draws several answers, which are all the same at temperature 0; give --temperature")

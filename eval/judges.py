@@ -48,11 +48,12 @@ def conversation_of(reply: Reply) -> list[dict[str, str]]:
 class RewardModel:
     """A sequence classifier with one output, in its own chat template: the output is the score."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, device: str = "auto"):
         """Raises UserError for a folder that holds no such model in safetensors, or not all of its weights."""
-        import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import logging
+
+        from training.memory import check_device
 
         logging.set_verbosity_error()  # a page on each weight that is missing: said below in one sentence
         logging.disable_progress_bar()
@@ -73,7 +74,7 @@ class RewardModel:
         if found["missing_keys"]:
             names = ", ".join(sorted(found["missing_keys"])[:3])
             raise UserError(f"--reward {folder}: its files hold no {names}, so its scores would be random; take a reward model")
-        self.net = self.net.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.net = self.net.to(check_device(device)).eval()
         self.num_bytes = sum(parameter.nbytes for parameter in self.net.parameters())
 
     def __call__(self, replies: list[Reply]) -> list[dict[str, float]]:

@@ -19,7 +19,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="DIR", help="model, merged, run or adapter folder, or a hub id")
     add("--prompts", required=True, metavar="FILE", help="problems, as for train.py --stage rloo")
     add("--reward", required=True, metavar="NAME", help="what judges an answer, as for train.py --stage rloo")
-    add("--output_dir", required=True, metavar="DIR", help="preferences.jsonl goes here")
+    add("--output_dir", required=True, metavar="DIR", help="preferences.jsonl goes here, and every answer to answers.jsonl")
     add("--num_samples", type=int, default=8, metavar="K", help="answers to each prompt (8)")
     add("--temperature", type=float, default=1.0, metavar="T", help="of sampling (1)")
     add("--max_new_tokens", type=int, default=512, metavar="N", help="longest answer (512)")
@@ -41,20 +41,19 @@ def make_preferences(flags: argparse.Namespace) -> None:
     records = open_records(flags.prompts, takes=("problem",), template=make_template(flags.prompt_template, None, None))
     folder = Path(flags.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    task = Task([score_alone(flags.reward, folder)])
+    task = Task([score_alone(flags.reward, folder=folder, device=flags.device)])
     subject = open_subject(flags.model, device_name=flags.device)
     sampling = {"num_samples": flags.num_samples, "temperature": flags.temperature, "seed": flags.seed}
-    with subject.precision.autocast():
-        found = evaluate(
-            subject.model, (records[i] for i in range(len(records))), task, max_new_tokens=flags.max_new_tokens,
-            sampling=sampling,
-        )  # fmt: skip
-    problem = next((line for line in found.lines if "problem" in line), None)
-    if problem:
-        raise UserError(f"{problem['where']}: {problem['problem']}")
-    pairs = pair_up([records[i] for i in range(len(records))], found.lines)
+    asked = [records[i] for i in range(len(records))]
+    with open(folder / "judged_answers.jsonl", "w", encoding="utf-8") as output, subject.precision.autocast():
+        found = evaluate(subject.model, asked, task, max_new_tokens=flags.max_new_tokens, sampling=sampling, output=output)
+    problems = [line for line in found.lines if "problem" in line]
+    if problems:
+        first = f"{problems[0]['where']}: {problems[0]['problem']}"
+        print(f"{len(problems)} of {len(found.lines)} answers could not be judged and make no pair; the first: {first}")
+    pairs = pair_up(asked, found.lines)
     if not pairs:
-        raise UserError(f"no prompt of {flags.prompts} has answers of different reward; none was written")
+        raise UserError(f"no prompt of {flags.prompts} has answers of different reward; {output.name} has the answers")
     path = folder / "preferences.jsonl"
     path.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
     print(f"{len(pairs)} pairs of {len(records)} prompts in {path}")
@@ -64,7 +63,7 @@ def pair_up(records: list, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows for DPO from the answered lines of evaluate(): the best and the worst finished answer of each record."""
     answers, pairs = defaultdict(list), []
     for line in lines:
-        if line["stopped"]:
+        if "problem" not in line and line["stopped"]:
             answers[line["where"]].append(line)
     for record in records:
         ranked = sorted(answers[record.where], key=lambda line: line["score"])

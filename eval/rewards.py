@@ -176,10 +176,11 @@ RULES: dict[str, Callable[[Reply], dict[str, float]]] = {
 }
 
 
-def find_reward(name: str, folder: Path | None = None, requests_per_minute: float = 0) -> Reward:
+def find_reward(name: str, folder: Path | None = None, requests_per_minute: float = 0, device: str = "auto") -> Reward:
     """The reward of this name: a rule, the folder of a reward model, MODEL@URL of a server, or module:function of yours.
 
-    What a server replies is kept in `folder`. Raises UserError for a name that is none of these.
+    What a server replies is kept in `folder`; a reward model lies on `device`. Raises UserError for a name that is none of
+    these.
     """
     if name in RULES:
         return partial(each, RULES[name])
@@ -192,7 +193,7 @@ def find_reward(name: str, folder: Path | None = None, requests_per_minute: floa
     if Path(name).is_dir():
         from eval.judges import RewardModel
 
-        return RewardModel(name)
+        return RewardModel(name, device)
     module, _, function = name.partition(":")
     if not function:
         raise UserError(f"--reward {name}: not one of {', '.join(RULES)}, no folder, no MODEL@URL, nor module:function")

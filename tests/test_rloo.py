@@ -474,6 +474,17 @@ def test_pairs_of_own_answers(monkeypatch, tmp_path, base, rows, capsys):
     for index in range(len(found)):
         chosen, rejected = (SimpleNamespace(response=side[-1]["content"]) for side in found[index].conversations)
         assert checksum(chosen)["score"] > checksum(rejected)["score"]
+    assert len((tmp_path / "judged_answers.jsonl").read_text().splitlines()) == 80
+
+    def fails_once(reply):  # one answer that cannot be judged costs its own place in a pair, not the others' night
+        return judge(reply) if next(numbers) else 1 / 0
+
+    judge, numbers = checksum, iter(range(80))
+    monkeypatch.setattr(sys.modules["test_rloo"], "checksum", fails_once)
+    data_door.main()
+    said = capsys.readouterr().out
+    assert "1 of 80 answers could not be judged" in said and "ZeroDivisionError" in said
+    assert len(open_records(tmp_path / "preferences.jsonl", takes=("preference",))) >= len(found) - 1
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--num_samples", "1"])
     with pytest.raises(UserError, match="at least 2"):
         data_door.main()

@@ -206,6 +206,20 @@ def test_rows_are_chosen_by_number_id_or_place(place, tmp_path, monkeypatch, cap
         run(monkeypatch, "show", "--base_model", place, "--output_dir", tmp_path)
 
 
+def test_a_damaged_picture_stops_the_page_or_is_left_out(place, tmp_path, monkeypatch, capsys):
+    Image.effect_noise((90, 60), 50).save(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:2000])
+    content = [[{"type": "image", "image": f"{name}.png"}] for name in ("good", "cut")]
+    rows = [{"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": "x"}]} for c in content]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--base_model", place / "qwen2_5_vl", "--data_path", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "out"]
+    with pytest.raises(UserError, match="rows.jsonl:2: .*cut.png"):
+        run(monkeypatch, "show", *flags)
+    run(monkeypatch, "show", *flags, "--on_bad_row", "skip")
+    said = capsys.readouterr().out
+    assert "left out: rows.jsonl:2" in said and "-- rows.jsonl:1:" in said and "-- rows.jsonl:2:" not in said
+
+
 def test_both_sides_of_a_preference_and_the_prompt_of_a_problem_are_shown(place, tmp_path, monkeypatch, capsys):
     ask = [{"role": "user", "content": "1 + 1?"}]
     rows = [{"prompt": ask, "chosen": ask + [{"role": "assistant", "content": "two"}],

@@ -175,6 +175,24 @@ def test_parquet_is_read_by_row_groups(tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == [path]
 
 
+def test_a_damaged_parquet_is_one_sentence(tmp_path):
+    """Its footer may be whole: then the rows that cannot be read are named. So is a column that stands there twice."""
+    rows = [chat(f"answer {n} " + "x" * 200, id=n) for n in range(20)]
+    path = write_parquet(tmp_path / "rows.parquet", rows, row_group_size=10, compression="snappy")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4 : len(content) // 4 + 40] = b"\xff" * 40
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="rows.parquet: rows (1 to 10|11 to 20) cannot be read"):
+        open_records(path)
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = [pyarrow.array(["a", "b"])] * 3
+    parquet.write_table(pyarrow.table(columns, names=["prompt", "completion", "completion"]), path)
+    with pytest.raises(UserError, match="two columns called 'completion'"):
+        open_records(path)
+
+
 def test_a_large_row_group_is_read_through_an_arrow_file(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr("data.tables.GROUP_BYTES", 10)

@@ -7,7 +7,6 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -24,9 +23,9 @@ def means(lines: list[dict[str, Any]]) -> dict[str, float]:
     return {name: fmean(line[name] for line in lines if name in line) for name in names}
 
 
-def score_alone(name: str, folder: Path | None = None, requests_per_minute: float = 0) -> Metric:
-    """The metric that --reward makes: the reward of this name on each answer by itself."""
-    reward = find_reward(name, folder, requests_per_minute)
+def score_alone(name: str, **settings: Any) -> Metric:
+    """The metric that --reward makes: the reward of this name on each answer by itself. settings are find_reward's."""
+    reward = find_reward(name, **settings)
     return lambda reply: reward([reply])[0]
 
 

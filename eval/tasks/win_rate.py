@@ -18,9 +18,9 @@ from eval.tasks import Metric, Task, means
 PAIRWISE = "pairwise:"
 
 
-def compare(name: str, folder: Path | None = None, requests_per_minute: float = 0) -> Metric:
+def compare(name: str, **settings: Any) -> Metric:
     """The metric of this judge: 1 for an answer that wins against the other, 0 for one that loses, 0.5 for a tie."""
-    judge = find_judge(name, folder, requests_per_minute)
+    judge = find_judge(name, **settings)
 
     def win(reply: Reply) -> dict[str, float]:
         if reply.other is None:
@@ -32,7 +32,7 @@ def compare(name: str, folder: Path | None = None, requests_per_minute: float = 
 
 
 def find_judge(
-    name: str, folder: Path | None, requests_per_minute: float
+    name: str, folder: Path | None = None, requests_per_minute: float = 0, device: str = "auto"
 ) -> Callable[[Reply, Reply], tuple[float, float]]:
     """judge(ours, theirs): twice how far ours is better (1, 0, or 0.5 for a tie), shown first and shown second."""
     if name.startswith(PAIRWISE):
@@ -40,7 +40,7 @@ def find_judge(
 
         prefer = Comparison(Server(name.removeprefix(PAIRWISE), folder, requests_per_minute))
         return lambda ours, theirs: (prefer(ours, theirs), 1 - prefer(theirs, ours))
-    reward = find_reward(name, folder, requests_per_minute)
+    reward = find_reward(name, folder, requests_per_minute, device)
 
     def judge(ours: Reply, theirs: Reply) -> tuple[float, float]:
         first, second = (values["score"] for values in reward([ours, theirs]))
