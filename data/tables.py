@@ -137,9 +137,10 @@ def load(path: str, split: str, **more) -> "datasets.Dataset":
     try:
         return datasets.load_dataset(path, split=split, **more)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).partition("\nPlease")[0].split()) or type(error).__name__
         raise UserError(
-            f"{path} is no file or folder here, and as a data set of the hub it cannot be had: "
-            f"{str(error) or type(error).__name__}"
+            f"{path} is no file or folder here, and as a data set of the hub it cannot be had ({reason}); look for its name, "
+            "and for a private one set HF_TOKEN"
         ) from None
 
 

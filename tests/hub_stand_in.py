@@ -95,8 +95,15 @@ class Handler(BaseHTTPRequestHandler):
             lfs = {"lfs": large | {"sha256": large["oid"]}} if path.endswith(".parquet") else {}
             siblings.append({"rfilename": path, "path": path, "type": "file", "size": len(content), "oid": blob_id(content),
                              "blobId": blob_id(content)} | lfs)  # fmt: skip
-        if rest[:1] in (["paths-info"], ["tree"]):
+        if rest[:1] == ["paths-info"]:
             found = [file for file in siblings if file["path"].startswith("/".join(rest[2:]))]
+        elif rest[:1] == ["tree"]:
+            prefix = "/".join([*rest[2:], ""])
+            below = [file for file in siblings if file["path"].startswith(prefix)]
+            inside = {file["path"].removeprefix(prefix).partition("/")[::2] for file in below}
+            folders = sorted({prefix + name for name, rest in inside if rest})
+            found = [{"type": "directory", "path": path, "oid": blob_id(path.encode()), "size": 0} for path in folders]
+            found += [file for file in below if "/" not in file["path"].removeprefix(prefix)]
         else:
             found = {"id": repository, "sha": commit, "siblings": siblings, "cardData": {"license": "openrail"},
                      "tags": [], "private": False, "downloads": 0, "likes": 0, "disabled": False}  # fmt: skip

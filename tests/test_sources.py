@@ -3,12 +3,16 @@
 import csv
 import hashlib
 import json
+import os
 import random
+import subprocess
 import sys
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
+from hub_stand_in import StandIn
 from PIL import Image
 
 from data import index, json_array
@@ -337,6 +341,30 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch, picture):
     assert asked == [("org/name", None, "train"), ("org/name", None, "test"), ("org/name", "part", "test")]
     with pytest.raises(UserError, match="org/none is no file or folder here.*doesn't exist"):
         open_records("org/none")
+
+
+@pytest.mark.slow
+def test_the_datasets_library_reads_a_hub(tmp_path):
+    """Its own requests, to a stand-in of the hub on loopback: the address is read where the library is imported."""
+    pytest.importorskip("datasets")
+    rows = {"train": [chat(str(n)) for n in range(50)], "test": [chat("t")]}
+    hub = StandIn()
+    for name, some in rows.items():
+        write_parquet(tmp_path / name, some)
+    files = {f"data/{name}-00000-of-00001.parquet": (tmp_path / name).read_bytes() for name in rows}
+    hub.commits["org/name"] = [("a" * 40, files)]
+    code = """if True:
+        from data.records import open_records
+        print([(len(records), records[-1].where, records[-1].messages[1]["content"])
+               for records in map(open_records, ("org/name", "org/name:test"))])
+        open_records("org/none")
+    """
+    environment = dict(os.environ, HF_ENDPOINT=f"http://{hub.netloc}", HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    hub.shutdown()
+    assert done.stdout.strip() == "[(50, 'org/name:50', '49'), (1, 'org/name:test:1', 't')]", done.stderr[-2000:]
+    said = done.stderr.strip().splitlines()[-1]
+    assert "UserError: org/none is no file" in said and "Repository Not Found" in said and "set HF_TOKEN" in said
 
 
 @pytest.mark.parametrize("text, words", [
