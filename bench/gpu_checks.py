@@ -318,7 +318,7 @@ def check_decoding(device: torch.device, scratch: Path, dry: bool) -> Iterator[R
         (plain, _), (graphs, recorded) = (answer(model, prompts, 4, 48, replayed) for replayed in (False, True))
         differ = sum(a.ids != b.ids for a, b in zip(plain, graphs, strict=True)) / len(plain)
         wrong = 1.0 if device.type == "cuda" and not recorded else differ
-        yield check(f"{name} {quant or ''}: answers by graphs that differ", wrong, 0.0, recorded=recorded)
+        yield check(f"{name} {quant or 'fp32'}: answers by graphs that differ", wrong, 0.0, recorded=recorded)
     folder = scratch / "decoding"
     write_folder("qwen2", folder, tiny=dry)
     with patch("model.load.Shards", RandomShards):

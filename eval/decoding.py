@@ -9,6 +9,7 @@ addresses for ever: what changes from step to step is in a buffer of Decoding. O
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -193,11 +194,13 @@ def decode(decoding: Decoding, stops: list[int]) -> tuple[list[list[int]], list[
 
 class Replay:
     """A function of fixed buffers, without arguments or a result, that runs plainly or, with graphs, is recorded at the
-    second call with a shape and replayed from then on. It must come to the same when it is run twice."""
+    second call with a shape and replayed from then on. It must come to the same when it is run twice. Rows only leave and
+    columns only come, so a shape does not return: its recording is dropped, whose memory the next one would not fit."""
 
     def __init__(self, function: Callable[[], None], graphs: "Graphs | None"):
         self.function, self.graphs = function, graphs
-        self.recorded: dict[tuple[int, int], Callable[[], None] | None] = {}
+        self.shape: tuple[int, int] | None = None
+        self.recording: Callable[[], None] | None = None  # of that shape
 
     def rows_for(self, count: int, num_rows: int) -> int:
         """Rows to go on with when `count` are left of num_rows: as many; with graphs num_rows, halved while they fit."""
@@ -211,13 +214,13 @@ class Replay:
         if self.graphs is None:
             return self.function()
         try:
-            if shape not in self.recorded:
+            if shape != self.shape:
+                self.shape, self.recording = shape, None
                 self.graphs.try_out(self.function)
-                self.recorded[shape] = None
                 return
-            if self.recorded[shape] is None:
-                self.recorded[shape] = self.graphs.record(self.function)
-            self.recorded[shape]()
+            if self.recording is None:
+                self.recording = self.graphs.record(self.function)
+            self.recording()
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -229,18 +232,19 @@ class Replay:
 
 
 class Graphs:
-    """CUDA graphs that share their memory, as only one runs at a time and what it leaves is in buffers outside."""
+    """CUDA graphs, recorded on one stream."""
 
     usable = True  # False once a step could not be recorded: it is not tried again in this process
 
     def __init__(self, device: torch.device):
-        self.stream, self.pool = recording_stream(device), torch.cuda.graph_pool_handle()
+        self.stream = recording_stream(device)
 
     def try_out(self, function: Callable[[], None]) -> None:
         """Run it plainly on the stream that records, so that kernels and workspaces are there. RuntimeError where it
         waits for the card, which no graph can."""
         here = torch.cuda.current_stream()
         self.stream.wait_stream(here)
+        warnings.filterwarnings("ignore", "Synchronization debug mode")  # it misses some waits; those fail in record()
         torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.cuda.stream(self.stream):
@@ -252,7 +256,7 @@ class Graphs:
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """What launches all of it at once. Recording runs nothing."""
         graph = torch.cuda.CUDAGraph()
-        recording = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        recording = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
         with torch.cuda.stream(self.stream), recording:  # a recording that fails leaves its stream on, the outer one ends it
             function()
         return graph.replay

@@ -222,6 +222,28 @@ def test_memory_that_does_not_do_is_said_as_it_is(monkeypatch):
     assert decoding.Graphs.usable
 
 
+def test_only_the_shape_at_hand_has_a_recording():
+    """It is given back before the next shape is run: its memory lies beside the cache."""
+    made = []
+
+    class Counted(decoding.Graphs):
+        def __init__(self):
+            pass
+
+        def try_out(self, function):
+            assert not [recording for recording in made if recording()]
+
+        def record(self, function):
+            recording = lambda: function()  # noqa: E731
+            made.append(weakref.ref(recording))
+            return recording
+
+    step = decoding.Replay(lambda: None, Counted())
+    for shape in [(4, 8)] * 3 + [(4, 16)] + [(2, 16)] * 2 + [(1, 24)]:
+        step(shape)
+    assert len(made) == 2
+
+
 def test_rows_leave_one_by_one_or_by_halves():
     plain, recorded = decoding.Replay(None, None), decoding.Replay(None, Traces(None))
     assert [plain.rows_for(count, 23) for count in (23, 22, 5, 1)] == [23, 22, 5, 1]
