@@ -94,30 +94,21 @@ def test_the_row_at_fault_is_found(finished, monkeypatch, capsys):
     assert re.fullmatch(r"the loss is not finite, (\d+) of \1 gradients are not finite, first .*lora.*", out.splitlines()[-1])
 
 
-def test_a_step_of_pairs(finished, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("lora", [["--use_lora"], []], ids=["lora", "full"])
+def test_a_step_of_pairs(finished, monkeypatch, capsys, tmp_path, lora):
+    """Against the reference of the run's start, also where the weights themselves have moved since."""
     rows = [{"id": f"pair-{n}", "prompt": f"{n}?", "chosen": str(n), "rejected": "no"} for n in range(4)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--stage", "dpo", "--base_model", finished / "base", "--data_path", tmp_path / "pairs.jsonl"]
-    flags += [
-        "--output_dir",
-        tmp_path / "run",
-        "--use_lora",
-        "--batch_size",
-        2,
-        "--max_steps",
-        2,
-        "--save_every",
-        1,
-        "--eval_every",
-        "no",
-        "--device",
-        "cpu",
-    ]
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags, "--precision", "fp32", "--num_workers", 0])])
+    flags += ["--output_dir", tmp_path / "run", *lora, "--batch_size", 2, "--max_steps", 2, "--save_every", 1]
+    flags += ["--eval_every", "no", "--device", "cpu", "--precision", "fp32", "--num_workers", 0]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--learning_rate", "0.01", "--warmup_steps", "0"])
     assert train.main() == 0
+    before = state_of(tmp_path)
     out = replay(monkeypatch, capsys, tmp_path / "run", 2)
     loss, norm, then_loss, then_norm = step_line(out)
-    assert (loss, norm) == (then_loss, then_norm) and len(re.findall(r"^pair-\d .*pairs.jsonl:\d$", out, re.MULTILINE)) == 2
+    assert (loss, norm) == (then_loss, then_norm) and abs(loss - math.log(2)) > 1e-3 and state_of(tmp_path) == before
+    assert len(re.findall(r"^pair-\d .*pairs.jsonl:\d$", out, re.MULTILINE)) == 2
 
 
 @pytest.mark.parametrize("change, words", [

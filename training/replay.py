@@ -2,7 +2,8 @@
 
 Which rows a step had is a function of the seed and its number, so no record of them is needed. The weights are those of
 the newest checkpoint from before the step, else the base; where it is the step just before, loss and gradient norm are
-the journal's, dropout included. Then every row runs alone, which says whose fault it was. Writes nothing.
+the journal's, dropout included (of several updates on one step's answers, RLOO's --num_iterations, the first is run, and
+the journal has the last). Then every row runs alone, which says whose fault it was. Writes nothing.
 """
 
 import math
@@ -33,12 +34,13 @@ def replay(run: Any) -> int:
     step, journal = run.config.replay_step, read_journal(run.folder / "journal.jsonl")
     if step > run.last:
         raise UserError(f"--replay_step {step}: the run has {run.last} steps")
-    if run.found:
-        run.resume(run.found)
     start = next(record for record in journal if record.get("event") == "start")
     before, now = ([(part["sha256"], part["weight"]) for part in parts] for parts in (start["data"], run.rows.files))
     if before != now:
         raise UserError(f"{run.folder} was trained on other rows than {run.config.data_path} holds now; bring them back")
+    run.stage.prepare(run)  # the weights are those of the start
+    if run.found:
+        run.resume(run.found)
     run.batches.num_workers = 0
     rows = run.rows.usable(next(run.batches.steps(step - 1, step)))
     place, ago = run.found or run.config.base_model, step - 1 - run.state.step
