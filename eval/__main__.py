@@ -207,7 +207,7 @@ def other_lines(flags: argparse.Namespace, records: list, task: Any, sampling: d
     against = Path(flags.against)
     if against.is_file():
         try:
-            return {line["where"]: line for line in map(json.loads, against.read_text(encoding="utf-8").splitlines())}
+            return {line["where"]: line for line in map(json.loads, against.read_bytes().splitlines())}
         except (ValueError, KeyError, TypeError):
             raise UserError(f"--against {against}: is no outputs/*.jsonl of an evaluation") from None
     other = open_subject(flags.against, None, flags.quant, flags.max_pixels, flags.precision, flags.device, flags.box_format)

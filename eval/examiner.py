@@ -45,7 +45,8 @@ class Examiner:
         self.figures: dict[str, dict[str, dict[str, float]]] = {}  # when -> set -> figure -> value
         self.lines: dict[str, dict[str, list[dict]]] = {}  # when -> set -> lines
         for path in (self.folder / "outputs").glob("*.jsonl"):
-            lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            whole = path.read_bytes().rpartition(b"\n")[0]  # a kill may have torn the last line
+            lines = map(json.loads, whole.splitlines())  # of bytes: text is split at U+2028 and the like too
             kept = [line for line in lines if 0 < step and line.get("step", 0) <= step]
             before = [line for line in kept if line.get("when") == "before"]
             self.lines.setdefault("before", {})[path.stem] = before

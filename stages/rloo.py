@@ -94,7 +94,7 @@ class Stage(sft.Stage):
 
         super().__init__(flags, model, max_length)
         self.flags, self.num_answers = flags, flags.num_samples
-        self.judge = find_reward(flags.reward, None, flags.requests_per_minute, str(model.device))
+        self.judge = find_reward(flags.reward, requests_per_minute=flags.requests_per_minute, device=str(model.device))
         self.held_bytes = {"reward model": getattr(self.judge, "num_bytes", 0)}
         self.reference = reference_of(model) if flags.kl_beta else None
         if flags.kl_beta and self.reference is None:  # the weights themselves are trained: a second set of them is held

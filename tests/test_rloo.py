@@ -314,6 +314,8 @@ def test_resume_is_bit_exact(monkeypatch, tmp_path, base, rows, case):
         for name in ("run.yaml", "journal.jsonl"):
             shutil.copy(straight / name, resumed / name)
         shutil.copytree(straight / "outputs", resumed / "outputs")
+        with open(resumed / "outputs" / "rollouts.jsonl", "a", encoding="utf-8") as file:  # answers hold what they like
+            file.write('{"step": 9, "response": "\u2028"}\n{"step": 9, "response": "torn by a ki')
         shutil.copytree(straight / "checkpoints" / f"step-{step:06d}", resumed / "checkpoints" / f"step-{step:06d}")
         assert run(monkeypatch, *flags(base, rows, resumed, *more), "--resume", "yes") == 0
         drop = {"seconds", "data_wait", "memory", "sampling_seconds", "scoring_seconds"}
@@ -431,7 +433,7 @@ def test_a_learned_reward_is_planned_for_and_remembered(tmp_path, base, rows, mo
     from eval.judges import ServedReward, Server
 
     judge = SimpleNamespace(num_bytes=7)
-    monkeypatch.setattr(eval.rewards, "find_reward", lambda name, requests_per_minute: judge)
+    monkeypatch.setattr(eval.rewards, "find_reward", lambda name, **how: how["device"] == "cpu" and judge)
     _, stage, _ = open_run(tmp_path, base, rows, Flags("folder"))
     assert stage.held_bytes["reward model"] == 7 and stage.held_bytes["reference weights"] > 1000
     judge = ServedReward(Server("m@http://127.0.0.1:9/v1"))
