@@ -134,7 +134,7 @@ def halving(state: Any, name: str, work: Callable[[], Any]) -> Any:
         if getattr(state, name) < 2:
             raise UserError("out of memory with the answers to one prompt; lower --num_samples or --max_new_tokens")
         setattr(state, name, getattr(state, name) // 2)
-        print(f"out of memory: answers are sampled and scored again with {name} {getattr(state, name)}")
+        print(f"out of memory: the answers are done again with {name} {getattr(state, name)}")
 
 
 class FolderLock:
