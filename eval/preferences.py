@@ -19,7 +19,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="DIR", help="model, merged, run or adapter folder, or a hub id")
     add("--prompts", required=True, metavar="FILE", help="problems, as for train.py --stage rloo")
     add("--reward", required=True, metavar="NAME", help="what judges an answer, as for train.py --stage rloo")
-    add("--output_dir", required=True, metavar="DIR", help="preferences.jsonl goes here, and every answer to judged_answers.jsonl")
+    add("--output_dir", required=True, metavar="DIR", help="preferences.jsonl goes here, and all answers, judged_answers.jsonl")
     add("--num_samples", type=int, default=8, metavar="K", help="answers to each prompt (8)")
     add("--temperature", type=float, default=1.0, metavar="T", help="of sampling (1)")
     add("--max_new_tokens", type=int, default=512, metavar="N", help="longest answer (512)")
