@@ -120,7 +120,7 @@ def train(folder: Path, stage: str, base: Path, rows: Path, more: list) -> None:
 
 
 def measure(folder: Path, rows: Path, device: str) -> float:
-    """The share of held-out problems that folder/model solves, greedily; the figures are the journal of a folder without."""
+    """The share of held-out problems that folder/model solves, greedily; a folder without a journal gets one of the figures."""
     path = folder / "outputs" / "countdown.json"
     greedy = ["--task", "countdown", "--num_samples", 1, "--temperature", 0, "--max_new_tokens", 24, "--device", device]
     if not path.exists():

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -248,6 +249,16 @@ def test_a_run_resumed_at_any_step_is_the_same_run(tmp_path, optim, dtype):
         ours, theirs = optimizer_tensors(resumed.optimizer), optimizer_tensors(whole.optimizer)
         assert ours[1] == theirs[1] and ours[0].keys() == theirs[0].keys()
         assert all(torch.equal(ours[0][key], theirs[0][key]) for key in theirs[0])
+
+
+def test_a_resume_reads_each_tensor_once(tmp_path, monkeypatch):
+    whole = Run("adamw")
+    whole.step()
+    whole.save(tmp_path)
+    reads, read = Counter(), checkpoint.TensorFile.__getitem__
+    monkeypatch.setattr(checkpoint.TensorFile, "__getitem__", lambda file, name: reads.update([name]) or read(file, name))
+    Run("adamw").resume(tmp_path)
+    assert len(reads) > 12 and set(reads.values()) == {1}
 
 
 def test_dropping_any_part_of_the_state_is_visible(tmp_path, monkeypatch):

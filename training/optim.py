@@ -164,7 +164,7 @@ def load_optimizer_tensors(
             if state and hasattr(optimizer, "init_state"):
                 optimizer.init_state(group, p, group_index, index)
             for key, full_name in state.items():
-                value = tensors[full_name] if full_name in tensors else numbers[full_name]
+                value = numbers[full_name] if full_name in numbers else tensors[full_name]  # asking tensors reads one
                 live = optimizer.state[p].get(key)
                 if not isinstance(value, torch.Tensor):
                     optimizer.state[p][key] = value
