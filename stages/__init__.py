@@ -9,7 +9,7 @@ into text), and `Stage`:
     Stage.rate                      what the family's default learning rate is multiplied by
     encode(record) -> example       what one row becomes (something with len() in positions, id, num_supervised); in workers
     sequences(example)              its conversations as Examples: what is shown; evaluation asks for the first's answer
-    prepare(run)                    once before the first step, on a resume too; the weights are those of the start
+    prepare(run)                    once before the first step, on a resume or replay too; the weights are those of the start
     collect(run, examples) -> [examples, ..]  what the step's loss is computed on, once for each of its updates: RLOO's
                                     sampled answers; others the rows themselves, once
     denominator(examples) -> float  what the loss of a whole optimizer step is divided by, counted before its first forward
