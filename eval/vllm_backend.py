@@ -47,6 +47,7 @@ def check(model: Model) -> None:
         (any(map(is_quantized, model.net.modules())), "would sample from the unquantised base, which is not what is trained"),
         (any(ADAPTER in layer.lora_magnitude_vector for layer in layers), "knows no DoRA"),
         (any(layer.r[ADAPTER] > RANKS[-1] for layer in layers), f"takes no LoRA of a rank above {RANKS[-1]}"),
+        (model.device.index, f"samples on the first card alone, not on {model.device}, which CUDA_VISIBLE_DEVICES can make it"),
     ):
         if found:
             raise UserError(f"--rollout_backend vllm {reason}; take --rollout_backend own")

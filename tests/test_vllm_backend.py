@@ -21,6 +21,7 @@ from eval.vllm_backend import Engine
 from lora import adapter, files
 from model import load_model, save_model
 from model.families.qwen2 import ChatML
+from model.family import Model
 from model.load import expected_tensors
 from model.tiny import write_tiny
 from training.journal import read_journal
@@ -281,6 +282,12 @@ def test_other_models_and_devices(monkeypatch, tmp_path, base, rows, fake):
     fake["vllm.platforms"].current_platform.device_type = "cuda"
     with pytest.raises(UserError, match="built for cuda, and the run is on cpu"):
         run(monkeypatch, *flags(base, rows, tmp_path / "out"))
+    model, _ = load_model(base)
+    monkeypatch.setattr(Model, "device", torch.device("cuda:0"))
+    vllm_backend.check(model)
+    monkeypatch.setattr(Model, "device", torch.device("cuda:1"))  # its weights would lie on another card than the plan says
+    with pytest.raises(UserError, match="first card alone, not on cuda:1, which CUDA_VISIBLE_DEVICES can make it"):
+        vllm_backend.check(model)
 
 
 def test_the_plan_has_the_engine_s_weights(base):
