@@ -144,7 +144,9 @@ class Stage(sft.Stage):
         replies, examples = self.sample(run, questions)
         found = self.rewards(replies)
         sampled = time.perf_counter()
-        logprob, entropy, reference = halving(run.state, "micro_tokens", lambda: self.score(run, examples))  # (N,) each
+        logprob, entropy, reference = halving(  # (N,) each
+            run.state, "micro_tokens", min(map(len, examples)), lambda: self.score(run, examples)
+        )
         seconds = {"sampling_seconds": sampled - started, "scoring_seconds": time.perf_counter() - sampled}
         scores = {name: column(one[name] for one in found) for name in sorted(set.intersection(*map(set, found)))}
         stopped, num_tokens = column(r.stopped for r in replies), column(e.num_supervised for e in examples)
@@ -172,7 +174,8 @@ class Stage(sft.Stage):
         from eval.evaluate import reply_to
 
         seed, prompts = hash_seed(run.config.seed, run.state.step), [question.prompt for question in questions]
-        answers = halving(run.state, "cache_tokens", lambda: self.answer(run, prompts, seed))
+        one_prompt = self.num_answers * run.config.max_new_tokens
+        answers = halving(run.state, "cache_tokens", one_prompt, lambda: self.answer(run, prompts, seed))
         asked = [question for question in questions for _ in range(self.num_answers)]
         pairs = list(zip(asked, answers, strict=True))
         return [reply_to(self.family, q.record, q.prompt, q.prompt, a) for q, a in pairs], [self.join(q, a) for q, a in pairs]

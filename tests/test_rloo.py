@@ -234,6 +234,7 @@ def test_memory_that_does_not_do_for_the_cache(tmp_path, base, rows, monkeypatch
     limit = 0
     with pytest.raises(UserError, match="lower --num_samples"):
         stage.collect(run, questions)
+    assert run.state.cache_tokens == 10 and capsys.readouterr().out.count("out of memory") == 3  # 3 answers of 6: one prompt's
     monkeypatch.undo()
     run, stage, questions = open_run(tmp_path, base, rows, options)
     score = stage.score

@@ -120,10 +120,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
-def halving(state: Any, name: str, work: Callable[[], Any]) -> Any:
+def halving(state: Any, name: str, least: int, work: Callable[[], Any]) -> Any:
     """work() on answers to prompts, again with half as many positions at once (state.name) as often as it takes.
 
-    Raises UserError where the memory does not do for one prompt's.
+    Raises UserError where the memory does not do for fewer than `least`, where nothing runs side by side any more.
     """
     while True:
         try:
@@ -131,7 +131,7 @@ def halving(state: Any, name: str, work: Callable[[], Any]) -> Any:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        if getattr(state, name) < 2:
+        if getattr(state, name) < least:
             raise UserError("out of memory with the answers to one prompt; lower --num_samples or --max_new_tokens")
         setattr(state, name, getattr(state, name) // 2)
         print(f"out of memory: the answers are done again with {name} {getattr(state, name)}")
