@@ -143,9 +143,9 @@ def test_csv_numbers_lines_and_keeps_text_as_text(tmp_path):
 @pytest.mark.parametrize("mark", [";", "\t"])
 def test_csv_with_another_separator(tmp_path, mark):
     path = tmp_path / "rows.csv"
-    path.write_text(f'prompt{mark}completion\n"a{mark}, b"{mark}c, d\n', encoding="utf-8-sig")
+    path.write_text(f'instruction{mark}"a, b, c"{mark}output\n"a{mark}, b"{mark}{mark}[1, 2]\n', encoding="utf-8-sig")
     (record,) = open_records(path)
-    assert [turn["content"] for turn in record.messages] == [f"a{mark}, b", "c, d"] and record.where == "rows.csv:2"
+    assert [turn["content"] for turn in record.messages] == [f"a{mark}, b", "[1, 2]"] and record.where == "rows.csv:2"
 
 
 @pytest.mark.parametrize("content, words", [
@@ -370,12 +370,12 @@ def test_the_datasets_library_reads_a_hub(tmp_path):
 @pytest.mark.parametrize("text, words", [
     ("{}/none.jsonl", "no file"), ("{}/none", "no file or folder"), ("{}/rows.jsonl*0", "weight of 0"),
     ("{}/rows.jsonl,{}/x.json*2", "x.json"), ("{}/rows.jsonl,", "no file"),
-    ("{}/empty", "no file that ends in .json.*there are x.jsonl.gz"),
+    ("{}/none/test", "no file or folder .*/none/test"), ("{}/empty", "no file of rows.*there are sub/x.jsonl.gz"),
 ])  # fmt: skip
 def test_what_is_not_there(tmp_path, text, words):
     write_jsonl(tmp_path / "rows.jsonl", [chat("a")])
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "x.jsonl.gz").touch()
+    (tmp_path / "empty" / "sub").mkdir(parents=True)
+    (tmp_path / "empty" / "sub" / "x.jsonl.gz").touch()
     with pytest.raises(UserError, match=words):
         open_records(text.replace("{}", str(tmp_path)))
 
