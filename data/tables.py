@@ -123,25 +123,26 @@ def open_parquet(path: Path) -> Table:
         raise UserError(f"{path} has two columns called {twice[0]!r}; rename or remove one")
     if max(sizes, default=0) <= GROUP_BYTES:
         return Parquet(path, counts)
-    return Arrow(load("parquet", "train", data_files=str(path)), path.name, path)
+    refusal = f"{path} cannot be read as parquet ({{}}); save or download it again"
+    return Arrow(load(refusal, "parquet", "train", data_files=str(path)), path.name, path)
 
 
 def open_hub(name: str, config: str | None, split: str | None) -> Table:
     """A split (train, if none is named) of a data set of the hub. UserError for one that cannot be had."""
-    return Arrow(load(name, split or "train", name=config), ":".join(filter(None, [name, config, split])))
+    refusal = (f"{name} is no file or folder here, and as a data set of the hub it cannot be had ({{}}); look for its name, "
+               "and for a private one set HF_TOKEN")
+    return Arrow(load(refusal, name, split or "train", name=config), ":".join(filter(None, [name, config, split])))
 
 
-def load(path: str, split: str, **more) -> "datasets.Dataset":
+def load(refusal: str, path: str, split: str, **more) -> "datasets.Dataset":
+    """What the datasets library makes of a path. UserError, the refusal with the library's reason in it, where it cannot."""
     import datasets
 
     try:
         return datasets.load_dataset(path, split=split, **more)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).partition("\nPlease")[0].split()) or type(error).__name__
-        raise UserError(
-            f"{path} is no file or folder here, and as a data set of the hub it cannot be had ({reason}); look for its name, "
-            "and for a private one set HF_TOKEN"
-        ) from None
+        raise UserError(refusal.replace("{}", reason)) from None
 
 
 def plain(value: object) -> object:

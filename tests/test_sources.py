@@ -206,6 +206,9 @@ def test_a_large_row_group_is_read_through_an_arrow_file(tmp_path, monkeypatch):
     records = open_records(path)
     assert [record.id for record in records] == [row["id"] for row in rows] and records[69].where == "rows.parquet:70"
     assert records.parts[0].describe()["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_bytes(b"PAR1" + b"\xff" * 56 + path.read_bytes()[60:])
+    with pytest.raises(UserError, match="rows.parquet cannot be read as parquet .*download it again"):
+        open_records(path)
 
 
 def test_null_fields_of_a_table_are_absent(tmp_path):
