@@ -33,7 +33,7 @@ class Table(Source):
     def parse(self, raw: object) -> object:
         if isinstance(raw, Problem):
             raise raw
-        return plain(raw)
+        return plain({name: cell for name, cell in raw.items() if cell == cell})  # NaN is how pandas writes an empty cell
 
     def rows_of(self, table: "pyarrow.Table") -> list[dict | Problem]:
         try:
@@ -146,7 +146,8 @@ def load(refusal: str, path: str, split: str, **more) -> "datasets.Dataset":
 
 
 def plain(value: object) -> object:
-    """A value of a table as json would give it: without null fields and empty cells, a picture as its bytes or path."""
+    """A value of a table as json would give it: without null fields, a picture as its bytes or path. Problem for a number
+    that is none."""
     if isinstance(value, dict):
         if value.keys() == {"bytes", "path"}:
             return value["path"] if value["bytes"] is None else value["bytes"]
@@ -155,7 +156,5 @@ def plain(value: object) -> object:
     if isinstance(value, list):
         return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        if math.isnan(value):  # how pandas writes an empty cell
-            return None
-        raise Problem("a number is infinite", str(value))
+        raise Problem("a number is NaN or infinite", str(value))
     return value if isinstance(value, str | int | float | bytes | None) else str(value)

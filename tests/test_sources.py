@@ -215,8 +215,12 @@ def test_null_fields_of_a_table_are_absent(tmp_path):
     call = {"type": "function", "function": {"name": "click", "arguments": {"x": 3, "text": None}}}
     rows = [{"messages": [{"role": "user", "content": "a", "tool_calls": None, "image": None},
                           {"role": "assistant", "content": "b", "tool_calls": [call], "image": None}], "score": float("nan")},
-            {"messages": chat("c")["messages"], "score": 1.0}]  # fmt: skip
-    record = open_records(write_parquet(tmp_path / "rows.parquet", rows))[0]
+            {"messages": chat("c")["messages"], "score": 1.0},
+            {"messages": [*chat("d")["messages"], {"role": "assistant", "content": "e", "tool_calls": [
+                call | {"function": {"name": "click", "arguments": {"x": float("nan"), "text": None}}}]}]}]  # fmt: skip
+    records = open_records(write_parquet(tmp_path / "rows.parquet", rows), on_bad_row="skip")
+    assert [row["where"] for row in records.bad] == ["rows.parquet:3"] and "NaN" in records.bad[0]["problem"]
+    record = records[0]
     assert record.messages[0] == {"role": "user", "content": "a"} and record.dialect == "messages"
     assert record.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 3}
 
