@@ -91,7 +91,8 @@ SHOWN = {  # of train.py's settings, by --help; "": as there
     "max_length": "positions of one example at most, pictures included (default auto: any number)", "max_text_length": "",
     "num_workers": "processes that look at rows and decode pictures (default 2)", "box_format": "", "labels": "",
     "tool_template": "", "image_root": "", "allow_outside_images": "", "prompt_template": "", "response_template": "",
-    "image_column": "", "on_bad_row": "",
+    "image_column": "",
+    "on_bad_row": "show: end at a row that cannot be used, or leave it out (default stop); check lists them all",
 }  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def place_boxes(turns: list[dict]) -> list[tuple[int, str, Box]]:
 
 
 def strip_boxes(text: str) -> str:
-    """The text without its boxes and points."""
+    """The text without its boxes and points; those in the arguments of tool calls stay."""
     return SPELLINGS.sub(" ", text)
 
 

@@ -22,12 +22,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.boxes import parse_boxes
+from data.boxes import Box, place_boxes
 from data.errors import UserError
 from data.images import DATA_URL, open_image, split_part
 from data.lengths import refuse
 from data.records import Record, Records
-from data.turns import Problem, parts_of, short
+from data.turns import Problem, short
 from data.workers import limit_memory, read_ahead
 
 AT_ONCE = 64  # rows that a worker looks at before it answers
@@ -115,11 +115,10 @@ class Inspector:
         if found.counts is None:  # the model cannot take its pictures
             return
         sizes = [self.family.seen_size(*size) for size in record.image_sizes] + record.image_sizes
-        for turn in sum(record.conversations, []) if sizes else []:
-            for part in parts_of(turn["content"]):
-                if part["type"] == "text" and (box := outside(parse_boxes(part["text"]), sizes)):
-                    raise Problem(OUTSIDE, f"the {turn['role']}'s {short(box)} fits neither "
-                                  f"{' nor '.join(f'{w} x {h}' for w, h in dict.fromkeys(sizes))} pixels nor thousandths")
+        for _, role, box in place_boxes(sum(record.conversations, [])) if sizes else []:
+            if is_outside(box, sizes):
+                raise Problem(OUTSIDE, f"the {role}'s {short(box)} fits neither "
+                              f"{' nor '.join(f'{w} x {h}' for w, h in dict.fromkeys(sizes))} pixels nor thousandths")
 
 
 def digest_of(value: object) -> str:
@@ -139,10 +138,10 @@ def damage_of(file: str | bytes) -> str | None:
 damage_of_file = lru_cache(maxsize=65536)(damage_of)
 
 
-def outside(boxes: list[tuple], sizes: list[Size]) -> tuple | None:
-    """The first box with a number that is negative, or beyond both 1000 and every picture's pixels."""
+def is_outside(box: Box, sizes: list[Size]) -> bool:
+    """Whether a number of the box is negative, or beyond both 1000 and every picture's pixels."""
     right, bottom = (max(1000, *(size[side] for size in sizes)) for side in (0, 1))
-    return next((box for box in boxes if min(box) < 0 or box[2] > right or box[3] > bottom), None)
+    return min(box) < 0 or box[2] > right or box[3] > bottom
 
 
 def shrink(size: Size, pixels: int) -> Size:

@@ -80,15 +80,16 @@ def _read_query(row: dict) -> list:
 
 
 @dialect("instruction/output", has("instruction", "output"))
-def _read_alpaca(row: dict, answer: str = "output", about: str = "input") -> list:
+def _read_alpaca(row: dict, answer: str = "output") -> list:
     """Stanford's Alpaca: what an instruction is about follows it after a blank line; the chat template is its frame."""
-    question = "\n\n".join(text for text in (row["instruction"], row.get(about)) if text)
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": row[answer]}]
+    question = "\n\n".join(row[key] for key in ("instruction", "input", "context") if row.get(key))
+    pairs = [*(row.get("history") or []), (question, row[answer])]  # LLaMA-Factory's: what was said before
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
 
 
 @dialect("instruction/response", has("instruction", "response"))
 def _read_dolly(row: dict) -> list:
-    return _read_alpaca(row, "response", "context")
+    return _read_alpaca(row, "response")
 
 
 @dialect("text + screenshot", has("text", "screenshot"), marks=True, last=True)

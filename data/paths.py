@@ -51,8 +51,9 @@ def _open_entry(name: str) -> list[Source]:
     path = Path(name)
     if name and path.is_dir():
         return list(map(_open_file, find_files(path)))
-    if path.name.rpartition(":")[2] in SPLITS and Path(name.rpartition(":")[0]).is_dir():
-        return list(map(_open_file, find_files(*name.rpartition(":")[::2])))
+    folder, _, split = name.rpartition(":")
+    if folder and split in SPLITS and Path(folder).is_dir():
+        return list(map(_open_file, find_files(folder, split)))
     if path.is_file() or path.suffix in FORMATS:
         return [_open_file(path)]
     if hub := HUB.fullmatch(name):
@@ -75,15 +76,15 @@ def find_files(folder: str | os.PathLike, split: str = "") -> list[Path]:
         raise UserError(f"the folder {folder} holds files of held-out splits alone, {kinds}; name one, such as {folder}:test")
     paths = sorted(path for name in wanted for path in by_split.get(name, []))
     if not paths:
-        there = sorted(path.name for path in Path(folder).rglob("[!.]*") if path.is_file())[:3]
-        missing = f"of {split}, only {kinds}" if kinds else f"that ends in {', '.join(FORMATS)}"
+        there = sorted(os.path.relpath(path, folder) for path in Path(folder).rglob("[!.]*") if path.is_file())[:3]
+        missing = f"of {split}, only {kinds}" if kinds else f"of rows, which end in {', '.join(FORMATS)}"
         saved = ", or write what save_to_disk wrote with to_parquet" if (Path(folder) / "state.json").exists() else ""
         raise UserError(f"the folder {folder} holds no file {missing}" + f" (there are {', '.join(there)})" * bool(there)
                         + f"; give one with rows{saved}")  # fmt: skip
     others = [(name, found) for name, found in by_split.items() if name not in wanted]
     passed = [f"{len(found)} of {name or 'no split'} ({found[0]})" for name, found in others]
     span = paths[0] if len(paths) == 1 else f"{len(paths)} files, {paths[0]} to {paths[-1]}"
-    over = f"; passed over {', '.join(passed)}, see {folder}:SPLIT" if passed else ""
+    over = f"; passed over {', '.join(passed)}; {folder}:SPLIT reads a split" if passed else ""
     print(f"note: {folder} is read as {span}{over}", file=sys.stderr)
     return [Path(folder) / path for path in paths]
 

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,8 @@ from data.errors import UserError
 from data.json_array import split_array
 from data.turns import MAX_ROW_BYTES, Problem, decode
 
-TEXT_COLUMNS = {"prompt", "query", "completion", "text"}  # of a csv: text even where it looks like a JSON list or object
+TEXT_COLUMNS = {"prompt", "query", "completion", "text", "instruction", "input", "context", "output",
+                "response"}  # of a csv: text even where it looks like a JSON list or object
 Piece = tuple[int, int, int, object]  # number of a row, where it lies (byte offset, size; 0, 0 in a table), what lies there
 
 
@@ -51,7 +53,7 @@ class Source:
 
     def parse(self, raw: object) -> object:
         """What lies at a place as a row. Raises Problem."""
-        return decode(raw)
+        return decode(raw, is_row=True)
 
     def stamp(self) -> list:
         """Changes when the rows change: path, size and time of the file."""
@@ -112,22 +114,23 @@ class Document(Source):
         """The rows that the first dialect that knows such a file makes of it, else itself as the one row, or its Problem."""
         found = [getattr(module, "expand", None) for name, module in sys.modules.items() if name.startswith("data.dialect_")]
         try:
-            document = decode(raw)
+            document = decode(raw, is_row=True)
             return next(filter(None, (expand(document) for expand in found if expand)), [document])
         except Problem as problem:
             return [problem]
 
 
 class Sheet(Source):
-    """A csv file with names in its first row, which shows what separates cells: commas, else semicolons, else tabs. The number
-    is that of the line a row begins on. A cell is text, or the JSON list or object that it holds; an empty cell is none."""
+    """A csv file with names in its first row, which shows what separates cells: most often commas, semicolons or tabs. The
+    number is that of the line a row begins on. A cell is text, or the JSON list or object that it holds; an empty one is none.
+    """
 
     def __init__(self, path: Path):
         super().__init__(path)
         csv.field_size_limit(MAX_ROW_BYTES)
         with open(path, "rb") as file:
-            names = file.readline(MAX_ROW_BYTES)
-        self.separator = "," if b"," in names else next((mark for mark in ";\t" if mark.encode() in names), ",")
+            names = re.sub(rb'"[^"]*"', b"", file.readline(MAX_ROW_BYTES))
+        self.separator = max(",;\t", key=lambda mark: names.count(mark.encode()))
         try:
             self.columns = next((self._cells(raw) for _, _, _, raw in self._split()), [])
         except Problem as problem:
@@ -166,7 +169,8 @@ class Sheet(Source):
     def parse(self, raw: object) -> object:
         cells = self._cells(raw)
         if len(cells) != len(self.columns):
-            raise Problem("the row has another number of cells than the first", f"{len(cells)}, not {len(self.columns)}")
+            found = f"{len(cells)}, not {len(self.columns)}, cut at {self.separator!r}"
+            raise Problem("the row has another number of cells than the first", found)
         return {name: _cell(name, text) for name, text in zip(self.columns, cells, strict=True) if text}
 
     def _cells(self, raw: bytes) -> list[str]:
@@ -186,5 +190,3 @@ def _cell(name: str, text: str) -> object:
         return decode(text)
     except Problem:
         return text
-
-

@@ -33,7 +33,7 @@ class Table(Source):
     def parse(self, raw: object) -> object:
         if isinstance(raw, Problem):
             raise raw
-        return plain(raw)
+        return plain({name: cell for name, cell in raw.items() if cell == cell})  # NaN is how pandas writes an empty cell
 
     def rows_of(self, table: "pyarrow.Table") -> list[dict | Problem]:
         try:
@@ -123,29 +123,31 @@ def open_parquet(path: Path) -> Table:
         raise UserError(f"{path} has two columns called {twice[0]!r}; rename or remove one")
     if max(sizes, default=0) <= GROUP_BYTES:
         return Parquet(path, counts)
-    return Arrow(load("parquet", "train", data_files=str(path)), path.name, path)
+    refusal = f"{path} cannot be read as parquet ({{}}); save or download it again"
+    return Arrow(load(refusal, "parquet", "train", data_files=str(path)), path.name, path)
 
 
 def open_hub(name: str, config: str | None, split: str | None) -> Table:
     """A split (train, if none is named) of a data set of the hub. UserError for one that cannot be had."""
-    return Arrow(load(name, split or "train", name=config), ":".join(filter(None, [name, config, split])))
+    refusal = (f"{name} is no file or folder here, and as a data set of the hub it cannot be had ({{}}); look for its name, "
+               "and for a private one set HF_TOKEN")
+    return Arrow(load(refusal, name, split or "train", name=config), ":".join(filter(None, [name, config, split])))
 
 
-def load(path: str, split: str, **more) -> "datasets.Dataset":
+def load(refusal: str, path: str, split: str, **more) -> "datasets.Dataset":
+    """What the datasets library makes of a path. UserError, the refusal with the library's reason in it, where it cannot."""
     import datasets
 
     try:
         return datasets.load_dataset(path, split=split, **more)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).partition("\nPlease")[0].split()) or type(error).__name__
-        raise UserError(
-            f"{path} is no file or folder here, and as a data set of the hub it cannot be had ({reason}); look for its name, "
-            "and for a private one set HF_TOKEN"
-        ) from None
+        raise UserError(refusal.replace("{}", reason)) from None
 
 
 def plain(value: object) -> object:
-    """A value of a table as json would give it: without null fields and empty cells, a picture as its bytes or path."""
+    """A value of a table as json would give it: without null fields, a picture as its bytes or path. Problem for a number
+    that is none."""
     if isinstance(value, dict):
         if value.keys() == {"bytes", "path"}:
             return value["path"] if value["bytes"] is None else value["bytes"]
@@ -154,7 +156,5 @@ def plain(value: object) -> object:
     if isinstance(value, list):
         return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        if math.isnan(value):  # how pandas writes an empty cell
-            return None
-        raise Problem("a number is infinite", str(value))
+        raise Problem("a number is NaN or infinite", str(value))
     return value if isinstance(value, str | int | float | bytes | None) else str(value)

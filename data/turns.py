@@ -39,17 +39,17 @@ def short(value: object) -> str:
 
 # ---- JSON ----------------------------------------------------------------------------------------------------------
 
-def decode(raw: bytes | str) -> object:
+def decode(raw: bytes | str, is_row: bool = False) -> object:
     """JSON that can be tokenized and written again: UTF-8, no lone surrogate, no infinity, not MAX_DEPTH deep, no key twice in
-    one object, of which JSON would keep the last in silence, and NaN only as a field of the row itself: so pandas writes an
-    empty cell, and it is null here."""
+    one object, of which JSON would keep the last in silence, and NaN only as a field of a row: so pandas writes an empty
+    cell, and it is null here."""
     if len(raw) > MAX_ROW_BYTES:
         raise Problem("row too large", f"more than {MAX_ROW_BYTES:,} bytes")
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
         value = _decoder.decode(text)
         if "NaN" in text:
-            value = _without_empty_cells(value)
+            value = _without_nan(value, is_row)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeError as error:
@@ -73,15 +73,15 @@ def _refuse_deep(value: object) -> None:
     raise Problem("nested too deeply", f"more than {MAX_DEPTH} levels")
 
 
-def _without_empty_cells(row: object) -> object:
-    """The row with null for NaN in its fields; Problem for a NaN anywhere else."""
-    if isinstance(row, dict):
-        row = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+def _without_nan(value: object, is_row: bool) -> object:
+    """The value, a row with null for NaN in its fields; Problem for a NaN anywhere else."""
+    if is_row and isinstance(value, dict):
+        value = {key: None if isinstance(cell, float) and math.isnan(cell) else cell for key, cell in value.items()}
     try:
-        json.dumps(row, allow_nan=False)
+        json.dumps(value, allow_nan=False)
     except ValueError:
         raise Problem("a number is NaN", "what is trained on has to be a number or null") from None
-    return row
+    return value
 
 
 def _finite(number: str) -> float:

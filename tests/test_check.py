@@ -16,7 +16,7 @@ from PIL import Image
 
 import data.__main__ as doors
 from data.batches import Encoded
-from data.check import damage_of_file, fitting_pixels, outside, shrink
+from data.check import damage_of_file, fitting_pixels, is_outside, shrink
 from data.errors import UserError, command
 from data.rows import open_rows
 from model.family import Options, find_family
@@ -160,6 +160,14 @@ def test_boxes_that_are_rewritten(check):
     assert summary["notes"]["box cut at its picture's edge"] == 1
 
 
+def test_the_boxes_of_calls_are_looked_at(check):
+    rows = [picture(), picture()]
+    for row, x in zip(rows, (1000, 1430), strict=True):
+        row["messages"][-1]["tool_calls"] = [{"function": {"name": "click", "arguments": {"x": x, "y": 9}}}]
+    _, bad, _ = check(rows, "--tool_template", "qwen")
+    assert list(bad) == [2] and "the assistant's (1430, 9, 1430, 9) fits neither" in bad[2]
+
+
 def test_two_faults_of_a_row_are_one_line(check):
     _, bad, summary = check([picture("cut.png", answer="<box>-1 0 3 4</box>")])
     assert "cut short" in bad[1] and "box lies outside" in bad[1] and summary["bad_rows"] == 1
@@ -211,11 +219,9 @@ def test_fitting_pixels_is_the_most():
     assert shrink((640, 480), 10**9) == (640, 480)
 
 
-def test_outside():
-    assert outside([(0, 0, 1000, 1000), (5, 5, 1428, 2)], [(1428, 900)]) is None
-    assert outside([(0, 0, 1429, 9)], [(1428, 900)]) == (0, 0, 1429, 9)
-    assert outside([(0, 0, 9, 1001)], [(1428, 900)]) == (0, 0, 9, 1001)
-    assert outside([], [(9, 9)]) is None
+def test_is_outside():
+    assert not is_outside((0, 0, 1000, 1000), [(1428, 900)]) and not is_outside((5, 5, 1428, 2), [(1428, 900)])
+    assert is_outside((0, 0, 1429, 9), [(1428, 900)]) and is_outside((0, 0, 9, 1001), [(1428, 900)])
 
 
 def test_kinds_of_row(check):
@@ -272,7 +278,8 @@ def test_a_recipe_is_checked_by_the_command_line_of_its_run(world, tmp_path, mon
     assert problems("check", "--use_lora", "--lora_r", "8", "--resume", "yes") == ["rows.jsonl:2"]  # pictures are in max_length
     assert problems("check", "--max_length", "4000") == []
     assert problems("check", "--max_length", "4000", "--stage", "dpo", "--dpo_beta", "0.2") == ["rows.jsonl:1", "rows.jsonl:2"]
-    assert problems("show", "--rows", "1") and (tmp_path / "run" / "check" / "show.html").exists()
+    problems("show", "--rows", "1")
+    assert (tmp_path / "run" / "check" / "show.html").exists()
     open_folder(tmp_path / "run").release()
     for flags, words in (["--dpo_beta", "0.2"], "belongs to --stage dpo"), (["--use_8bit"], "add --use_lora"):
         with pytest.raises(UserError, match=words):

@@ -285,6 +285,7 @@ def test_rows_as_other_trainers_write_them(write, tmp_path):
         {"messages": [USER, GOOD], "images": [{"bytes": None, "path": "a.png"}], "score": float("nan")},
         {"instruction": "a", "input": "", "output": "b"}, {"instruction": "a", "context": "c", "response": "b"},
         {"messages": [USER, GOOD], "image": float("nan")},
+        {"instruction": "a", "input": "c", "response": "b", "history": [["q", "r"]]},
     ]  # fmt: skip
     records = open_records(write(rows))
     call = {"type": "function", "function": {"name": "w", "arguments": {"x": 1}}}
@@ -294,8 +295,10 @@ def test_rows_as_other_trainers_write_them(write, tmp_path):
     assert records[1].messages[0]["role"] == "system" and not records.notes
     assert records[2].image_sizes == [(40, 30)] and records[5].image_sizes == []
     assert [records[n].messages[0]["content"] for n in (3, 4)] == ["a", "a\n\nc"]
-    nan = {"messages": [USER, GOOD | {"tool_calls": [{"function": {"name": "f", "arguments": {"x": float("nan")}}}]}]}
-    assert "a number is NaN" in open_records(write([nan]), on_bad_row="skip").bad[0]["problem"]
+    assert [turn["content"] for turn in records[6].messages] == ["q", "r", "a\n\nc", "b"]
+    for arguments in ({"x": float("nan")}, '{"x": NaN}'):
+        nan = {"messages": [USER, GOOD | {"tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]}
+        assert "a number is NaN" in open_records(write([nan]), on_bad_row="skip").bad[0]["problem"]
     bad = open_records(write([{"question": "a", "answer": "b"}]), on_bad_row="skip").bad[0]["problem"]
     assert bad.startswith("no dialect has these keys: ['answer', 'question']; --prompt_template, --response_template and")
 

@@ -143,9 +143,9 @@ def test_csv_numbers_lines_and_keeps_text_as_text(tmp_path):
 @pytest.mark.parametrize("mark", [";", "\t"])
 def test_csv_with_another_separator(tmp_path, mark):
     path = tmp_path / "rows.csv"
-    path.write_text(f'prompt{mark}completion\n"a{mark}, b"{mark}c, d\n', encoding="utf-8-sig")
+    path.write_text(f'instruction{mark}"a, b, c"{mark}output\n"a{mark}, b"{mark}{mark}[1, 2]\n', encoding="utf-8-sig")
     (record,) = open_records(path)
-    assert [turn["content"] for turn in record.messages] == [f"a{mark}, b", "c, d"] and record.where == "rows.csv:2"
+    assert [turn["content"] for turn in record.messages] == [f"a{mark}, b", "[1, 2]"] and record.where == "rows.csv:2"
 
 
 @pytest.mark.parametrize("content, words", [
@@ -206,14 +206,21 @@ def test_a_large_row_group_is_read_through_an_arrow_file(tmp_path, monkeypatch):
     records = open_records(path)
     assert [record.id for record in records] == [row["id"] for row in rows] and records[69].where == "rows.parquet:70"
     assert records.parts[0].describe()["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_bytes(b"PAR1" + b"\xff" * 56 + path.read_bytes()[60:])
+    with pytest.raises(UserError, match="rows.parquet cannot be read as parquet .*download it again"):
+        open_records(path)
 
 
 def test_null_fields_of_a_table_are_absent(tmp_path):
     call = {"type": "function", "function": {"name": "click", "arguments": {"x": 3, "text": None}}}
     rows = [{"messages": [{"role": "user", "content": "a", "tool_calls": None, "image": None},
                           {"role": "assistant", "content": "b", "tool_calls": [call], "image": None}], "score": float("nan")},
-            {"messages": chat("c")["messages"], "score": 1.0}]  # fmt: skip
-    record = open_records(write_parquet(tmp_path / "rows.parquet", rows))[0]
+            {"messages": chat("c")["messages"], "score": 1.0},
+            {"messages": [*chat("d")["messages"], {"role": "assistant", "content": "e", "tool_calls": [
+                call | {"function": {"name": "click", "arguments": {"x": float("nan"), "text": None}}}]}]}]  # fmt: skip
+    records = open_records(write_parquet(tmp_path / "rows.parquet", rows), on_bad_row="skip")
+    assert [row["where"] for row in records.bad] == ["rows.parquet:3"] and "NaN" in records.bad[0]["problem"]
+    record = records[0]
     assert record.messages[0] == {"role": "user", "content": "a"} and record.dialect == "messages"
     assert record.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 3}
 
@@ -370,12 +377,12 @@ def test_the_datasets_library_reads_a_hub(tmp_path):
 @pytest.mark.parametrize("text, words", [
     ("{}/none.jsonl", "no file"), ("{}/none", "no file or folder"), ("{}/rows.jsonl*0", "weight of 0"),
     ("{}/rows.jsonl,{}/x.json*2", "x.json"), ("{}/rows.jsonl,", "no file"),
-    ("{}/empty", "no file that ends in .json.*there are x.jsonl.gz"),
+    ("{}/none/test", "no file or folder .*/none/test"), ("{}/empty", "no file of rows.*there are sub/x.jsonl.gz"),
 ])  # fmt: skip
 def test_what_is_not_there(tmp_path, text, words):
     write_jsonl(tmp_path / "rows.jsonl", [chat("a")])
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "x.jsonl.gz").touch()
+    (tmp_path / "empty" / "sub").mkdir(parents=True)
+    (tmp_path / "empty" / "sub" / "x.jsonl.gz").touch()
     with pytest.raises(UserError, match=words):
         open_records(text.replace("{}", str(tmp_path)))
 

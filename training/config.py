@@ -370,7 +370,7 @@ def check(config: Config, from_flags: dict[str, Said]) -> None:
         (frozen, "freeze_{0} is set, but lora_parts puts LoRA into {0}; drop one of them"),
         (config.max_length != "auto" and config.max_text_length,
          "max_length counts pictures and max_text_length does not; give one of them"),
-        (config.eval_path and config.eval_split, "eval_path names the rows to evaluate on; drop eval_split"),
+        (config.eval_path and config.eval_split, "eval_path names the rows to evaluate on; drop eval_split, or set it to 0"),
         (fraction, "{} is above 1 and no whole number; give a share below 1, or a whole number"),
     ):
         if refused:
