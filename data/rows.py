@@ -6,6 +6,8 @@ never replaced by another. Held-out rows and the shares that weights take are dr
 
 import hashlib
 import json
+import os
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -74,7 +76,12 @@ class Rows:
         if not new:
             return
         self.bad += new
-        self.bad_path.write_text("".join(json.dumps(row) + "\n" for row in self.bad), encoding="utf-8")
+        part = self.bad_path.with_name(f".{self.bad_path.name}.part")
+        try:  # whole or as it was, and a full disk ends no run
+            part.write_text("".join(json.dumps(row) + "\n" for row in self.bad), encoding="utf-8")
+            os.replace(part, self.bad_path)
+        except OSError as error:
+            print(f"warning: {self.bad_path} cannot be written ({error.strerror}); the run goes on", file=sys.stderr)
 
 
 def open_rows(

@@ -191,7 +191,7 @@ def answer_rows(subject: Any, records: list, task: Any, flags: argparse.Namespac
     from eval.evaluate import evaluate
     from stages import sft
 
-    with open(path, "w", encoding="utf-8") as output, subject.precision.autocast():
+    with open(path, "w", encoding="utf-8", buffering=1) as output, subject.precision.autocast():
         for row in bad:
             output.write(json.dumps(row, ensure_ascii=False) + "\n")
         return evaluate(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -52,20 +52,20 @@ def evaluate(
     batch_tokens: int = 16384,
     sampling: dict[str, Any] | None = None,
     others: dict[str, dict] | None = None,
-    output: TextIO | None = None,
+    output: Any = None,
     extra: dict[str, Any] | None = None,
 ) -> Evaluation:
     """With a stage its loss and figures and, with a task, answers and their scores.
 
     An answer is one line {**extra, id, where, image?, prompt, response, label, truth?, stopped, answer_tokens, scores..,
-    sample?}, a row with a problem {**extra, id, where, problem}; lines go to output as JSON. sampling holds settings of
+    sample?}, a row with a problem {**extra, id, where, problem}; lines go to output.write() as JSON. sampling holds settings of
     generate(), several samples of a row included; None is one greedy answer. others: where -> another model's line, for a
     task that compares. A row longer than max_length is a problem, as it is in training; a problem to be solved has no
     loss. batch_tokens bounds the positions that run at once. Runs in the caller's autocast; the modules' modes are put
     back, and no shared random state is drawn from.
     """
     records, lines = list(records), []
-    sums, total, num_tokens = Counter(), 0.0, 0
+    sums, total, num_tokens, num_asked = Counter(), 0.0, 0, 0
     limit = (max_new_tokens or task.max_new_tokens) if task else 0
     ask = partial(generate, model, max_new_tokens=limit, batch_tokens=batch_tokens, **(sampling or {}))
 
@@ -73,7 +73,6 @@ def evaluate(
         lines.append((extra or {}) | line)
         if output is not None:
             output.write(json.dumps(lines[-1], ensure_ascii=False) + "\n")
-            output.flush()
 
     def encode(record: Record) -> Any:
         return stage.encode(record) if stage and record.kind != "problem" else encode_row(model.family, record, max_length)
@@ -90,8 +89,9 @@ def evaluate(
                 sums.update(stage_sums(model, stage, trained, batch_tokens))
                 rows = [(r, stage.sequences(example)[0] if example.num_supervised else example) for r, example in rows]
             if task is not None:
-                for line in answer_lines(model.family, task, rows, ask, others or {}):
+                for line in answer_lines(model.family, task, rows, partial(ask, first_prompt=num_asked), others or {}):
                     write(line)
+            num_asked += len(rows)
             bar.update(len(rows))
     good = [line for line in lines if "problem" not in line]
     figures = {"num_rows": len(records), "num_problems": len({line["where"] for line in lines if "problem" in line})}

@@ -19,7 +19,7 @@ from eval.evaluate import Evaluation, evaluate
 from eval.tasks import Task, find_task
 from model.family import Model
 from training.guards import is_out_of_memory
-from training.journal import Journal, check_logger, read_journal
+from training.journal import Journal, PatientFile, check_logger, read_journal
 from training.report import Report, Sample, read_report, write_report
 from training.state import State
 
@@ -44,6 +44,7 @@ class Examiner:
             self.task = stage.task if config.eval_task == "auto" and stage.task else find_task(config.eval_task)
         self.figures: dict[str, dict[str, dict[str, float]]] = {}  # when -> set -> figure -> value
         self.lines: dict[str, dict[str, list[dict]]] = {}  # when -> set -> lines
+        self.files: dict[str, PatientFile] = {}  # set -> outputs/<set>.jsonl
         for path in (self.folder / "outputs").glob("*.jsonl"):
             whole = path.read_bytes().rpartition(b"\n")[0]  # a kill may have torn the last line
             lines = map(json.loads, whole.splitlines())  # of bytes: text is split at U+2028 and the like too
@@ -64,26 +65,34 @@ class Examiner:
             records, indices = self.rows.test_set
             self._examine_set(step, when, "test", [records[i] for i in indices], True)
         if when != "before" and self.figures.get("before"):
-            write_report(self.folder / "report.html", self.page())
+            self._write_report()
+
+    def _write_report(self) -> Path:
+        path = self.folder / "report.html"
+        try:
+            write_report(path, self.page())
+        except OSError as error:  # it can be made again, which cannot be said of the run
+            self.journal.say(f"warning: {path} cannot be written ({error.strerror}); the run goes on")
+        return path
 
     def _examine_set(self, step: int, when: str, name: str, records: list, answers: bool) -> None:
         started = time.perf_counter()
-        path = self.folder / "outputs" / f"{name}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        found = self._evaluate(path, records, self.task if answers else None, {"when": when, "step": step})
+        file = self.files.setdefault(name, PatientFile(self.folder / "outputs" / f"{name}.jsonl"))
+        file.write("")  # there, though no answers may be asked for
+        found = self._evaluate(file, records, self.task if answers else None, {"when": when, "step": step})
         shown = {f"eval_{key}" if key in found.of_stage else key: value for key, value in found.figures.items()}
         self.figures.setdefault(when, {})[name] = shown
         self.lines.setdefault(when, {})[name] = found.lines
         self.journal.event("eval", step, set=name, seconds=time.perf_counter() - started, **shown)
         self.journal.say(f"{name} at step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
 
-    def _evaluate(self, path: Path, records: list, task: Task | None, extra: dict) -> Evaluation:
+    def _evaluate(self, file: PatientFile, records: list, task: Task | None, extra: dict) -> Evaluation:
         """evaluate(), once more with half the positions at once where the memory does not do: no run dies of this."""
         batch_tokens = self.state.micro_tokens
-        start = path.stat().st_size if path.exists() else 0
+        start, waiting = file.path.stat().st_size if file.path.exists() else 0, file.waiting
         while True:
             try:
-                with open(path, "a", encoding="utf-8") as file, self.precision.autocast():
+                with self.precision.autocast():
                     return evaluate(
                         self.model, records, task, stage=self.stage, max_new_tokens=self.config.max_new_tokens,
                         batch_tokens=batch_tokens, output=file, extra=extra,
@@ -91,7 +100,9 @@ class Examiner:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or batch_tokens < 2:
                     raise
-            os.truncate(path, start)
+            file.waiting = waiting
+            if file.path.exists():
+                os.truncate(file.path, start)
             batch_tokens //= 2
             print(f"out of memory in evaluation: once more with {batch_tokens} positions at a time")
 
@@ -129,8 +140,7 @@ class Examiner:
 
     def close(self, finished: bool) -> None:
         """Write the last report and print where it is; the built-in task's figures stand in front of it."""
-        path = self.folder / "report.html"
-        write_report(path, self.page())
+        path = self._write_report()
         if self.config.demo and finished:
             for when in ("before", "after"):
                 print(f"{when} {100 * self.figures[when]['demo']['correct']:.1f} %")

@@ -47,14 +47,16 @@ def generate(
     num_samples: int = 1,
     seed: int = 0,
     batch_tokens: int = 16384,
+    first_prompt: int = 0,
 ) -> list[Answer]:
     """num_samples answers to each prompt: answer j of prompt i is number i * num_samples + j of the list.
 
     stop_ids None means the family's. Temperature 0 takes the likeliest token; above it, tokens are drawn from
     softmax(logits / temperature) cut by top_k (0 = off), top_p and min_p in this order, as transformers cuts. Each
     answer draws from a random generator of its own, made from seed and its number: the same answers for any cut into
-    batches, up to rounding. batch_tokens bounds rows x (longest prompt + max_new_tokens) of one batch; a prompt that is
-    longer runs alone. Runs in eval mode and without gradients, in the caller's autocast; the model is put back after.
+    batches, up to rounding, and into calls (first_prompt is the number of prompts[0] in all of them). batch_tokens bounds
+    rows x (longest prompt + max_new_tokens) of one batch; a prompt that is longer runs alone. Runs in eval mode and without
+    gradients, in the caller's autocast; the model is put back after.
     """
     stops = model.family.stop_ids if stop_ids is None else stop_ids
     pick = partial(choose, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -62,7 +64,8 @@ def generate(
     with ready_to_generate(model):
         for numbers in batches_by_length([len(p) for p in prompts], num_samples, max_new_tokens, batch_tokens):
             rows = [i * num_samples + j for i in numbers for j in range(num_samples)]
-            uniform = draw_uniform(rows, max_new_tokens, seed).to(model.device)
+            drawn = [first_prompt * num_samples + row for row in rows]
+            uniform = draw_uniform(drawn, max_new_tokens, seed).to(model.device)
             ids, logprobs = decode(Decoding(model, [prompts[i] for i in numbers], uniform, pick), stops)
             for row, chosen, values in zip(rows, ids, logprobs, strict=True):
                 answers[row] = make_answer(model.family, chosen, values, stops)

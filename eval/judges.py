@@ -21,6 +21,7 @@ from typing import Any
 
 from data.errors import UserError
 from eval.metrics import Reply
+from training.journal import PatientFile
 
 KEY = "REWARD_API_KEY"  # environment variable with the server's key
 BUSY = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -99,18 +100,19 @@ class Server:
         self.url = rest.rstrip("/") + "/chat/completions"
         self.spacing = 60 / requests_per_minute if requests_per_minute else 0.0
         self.pause_seconds, self.lock, self.next_start = pause_seconds, threading.Lock(), 0.0
-        self.path: Path | None = None
+        self.file: PatientFile | None = None
         self.known: dict[str, str] = {}
         if folder:
             self.keep_in(folder)
 
     def keep_in(self, folder: Path) -> None:
         """From now on keep every reply in reward_cache.jsonl of this folder; those that lie there are known."""
-        self.path = folder / "reward_cache.jsonl"
-        if self.path.exists():
-            lines = self.path.read_bytes()
+        path = folder / "reward_cache.jsonl"
+        self.file = PatientFile(path)
+        if path.exists():
+            lines = path.read_bytes()
             whole = lines.rfind(b"\n") + 1
-            os.truncate(self.path, whole)  # what a kill left half written is asked again
+            os.truncate(path, whole)  # what a kill left half written is asked again
             self.known |= {line["key"]: line["reply"] for line in map(json.loads, lines[:whole].splitlines())}
 
     def ask(self, messages: list[dict[str, str]], **settings: Any) -> str:
@@ -121,9 +123,8 @@ class Server:
             reply = self.request(body.encode())
             with self.lock:
                 self.known[key] = reply
-                if self.path:
-                    with open(self.path, "a", encoding="utf-8") as file:
-                        file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
+                if self.file:
+                    self.file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
         return self.known[key]
 
     def request(self, body: bytes) -> str:

@@ -45,7 +45,7 @@ def make_preferences(flags: argparse.Namespace) -> None:
     subject = open_subject(flags.model, device_name=flags.device)
     sampling = {"num_samples": flags.num_samples, "temperature": flags.temperature, "seed": flags.seed}
     asked = [records[i] for i in range(len(records))]
-    with open(folder / "judged_answers.jsonl", "w", encoding="utf-8") as output, subject.precision.autocast():
+    with open(folder / "judged_answers.jsonl", "w", encoding="utf-8", buffering=1) as output, subject.precision.autocast():
         found = evaluate(subject.model, asked, task, max_new_tokens=flags.max_new_tokens, sampling=sampling, output=output)
     problems = [line for line in found.lines if "problem" in line]
     if problems:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from data.errors import UserError
 from stages import sft
 from training.guards import halving
+from training.journal import PatientFile
 from training.options import option
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class Stage(sft.Stage):
         if flags.kl_beta and self.reference is None:  # the weights themselves are trained: a second set of them is held
             self.reference = reference_of(model, copy=True)
             self.held_bytes["reference weights"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        self.samples: PatientFile | None = None
         self.engine = None  # vLLM's, started when it is first asked
         if flags.rollout_backend == "vllm":
             from eval import vllm_backend
@@ -255,14 +257,12 @@ class Stage(sft.Stage):
 
     def write_samples(self, run: Any, replies: list["Reply"], examples: list["Example"]) -> None:
         """The answers to the step's first prompt, into outputs/rollouts.jsonl."""
-        path = run.folder / "outputs" / "rollouts.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            for reply, example in list(zip(replies, examples, strict=True))[: self.num_answers]:
-                line = {"when": "rollout", "step": run.state.step + 1, "id": reply.id, "prompt": reply.prompt,
-                        "response": reply.response, "label": reply.label, "stopped": reply.stopped}  # fmt: skip
-                line |= {name: example.values[name] for name in ("reward", "advantage", "answer_tokens")}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.samples = self.samples or PatientFile(run.folder / "outputs" / "rollouts.jsonl")
+        for reply, example in list(zip(replies, examples, strict=True))[: self.num_answers]:
+            line = {"when": "rollout", "step": run.state.step + 1, "id": reply.id, "prompt": reply.prompt,
+                    "response": reply.response, "label": reply.label, "stopped": reply.stopped}  # fmt: skip
+            line |= {name: example.values[name] for name in ("reward", "advantage", "answer_tokens")}
+            self.samples.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     # ---- the loss -----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -105,6 +106,23 @@ def test_non_finite_numbers_are_strict_json_and_come_back(tmp_path):
 
 def test_no_journal_is_an_empty_one(tmp_path):
     assert read_journal(tmp_path / "journal.jsonl") == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full, which refuses as a full disk does")
+def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path, capsys):
+    journal, path = Journal(tmp_path, last_step=4), tmp_path / "journal.jsonl"
+    write_steps(journal, 1, 1)
+    path.rename(tmp_path / "kept")
+    path.symlink_to("/dev/full")
+    write_steps(journal, 2, 3)
+    journal.event("commit", 3)
+    (tmp_path / "kept").replace(path)
+    assert [record["step"] for record in read_journal(path)] == [1]
+    write_steps(journal, 4, 4)
+    assert [(record["step"], record.get("event")) for record in read_journal(path)] == [
+        (1, None), (2, None), (3, None), (3, "commit"), (4, None)]  # fmt: skip
+    assert capsys.readouterr().err.count("warning: ") == 1
+    journal.close()
 
 
 def test_the_status_line(tmp_path, capsys):

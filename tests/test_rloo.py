@@ -441,7 +441,7 @@ def test_a_learned_reward_is_planned_for_and_remembered(tmp_path, base, rows, mo
     run, stage, _ = open_run(tmp_path, base, rows, Flags("served"))
     run.identity = {}
     stage.prepare(run)
-    assert judge.server.path == tmp_path / "reward_cache.jsonl"
+    assert judge.server.file.path == tmp_path / "reward_cache.jsonl"
     common = ["--base_model", "b", "--data_path", "r", "--stage", "rloo", "--reward", "text", "--requests_per_minute"]
     assert trajectory(read_config([*common, "9"], FLAGS)) == trajectory(read_config([*common, "8"], FLAGS))
     assert trajectory(read_config([*common, "9"], FLAGS))["num_samples"] == 8

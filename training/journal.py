@@ -9,6 +9,7 @@ needed; wandb and tensorboard are there for those who ask (--report_to). Costs a
 import json
 import math
 import os
+import sys
 import time
 from importlib import import_module
 from pathlib import Path
@@ -60,6 +61,31 @@ def now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
+class PatientFile:
+    """A text file that lines are added to. What the disk refuses waits in memory for the next line, which tries again: a disk
+    that is full for an hour ends no run, whose weights are well."""
+
+    def __init__(self, path: str | Path):
+        self.path, self.waiting, self.is_refused = Path(path), b"", False
+
+    def write(self, text: str, sync: bool = False) -> None:
+        """Add the text; sync: and have it on the disk itself before this returns."""
+        self.waiting += text.encode()
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            with open(self.path, "ab", buffering=0) as file:
+                while self.waiting:
+                    self.waiting = self.waiting[file.write(self.waiting) :]
+                if sync:
+                    os.fsync(file.fileno())
+            self.is_refused = False
+        except OSError as error:
+            if not self.is_refused:
+                print(f"warning: {self.path} cannot be written ({error.strerror}); the run goes on and tries again with the "
+                      "next line", file=sys.stderr)  # fmt: skip
+            self.is_refused = True
+
+
 class Journal:
     """journal.jsonl of an output folder, the status line, and the loggers of --report_to.
 
@@ -80,7 +106,7 @@ class Journal:
         temporary = self.path.with_suffix(".jsonl.tmp")
         temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
         os.replace(temporary, self.path)
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.file = PatientFile(self.path)
         self.bar = tqdm(total=last_step, initial=step, unit="step", leave=False, disable=None)  # None: terminals only
         if step:
             self.event("resume", step)
@@ -97,7 +123,7 @@ class Journal:
                   "seconds": seconds, "data_wait": data_wait, "memory": memory, **statistics}
         if rows is not None:
             record["rows"] = rows
-        self._write(record)
+        self.file.write(_line(record))
         self.seconds_per_step = 0.9 * self.seconds_per_step + 0.1 * seconds if self.seconds_per_step else seconds
         self.bar.update()
         if step % self.logging_steps == 0 or step == self.last_step or rows is not None:
@@ -107,17 +133,12 @@ class Journal:
     def event(self, event: str, step: int, **values: Any) -> None:
         """Write down something that is not a step: evaluation, commit, resume; values must not hold a `loss`."""
         record = {"event": event, "step": step, **values}
-        self._write(record)
-        os.fsync(self.file.fileno())  # events are rare, and a commit's record should survive what the commit survives
+        self.file.write(_line(record), sync=True)  # rare, and a commit's record should survive what the commit survives
         self._log(record)
 
     def say(self, text: str) -> None:
         """Print a line above the status bar."""
         tqdm.write(text)
-
-    def _write(self, record: dict) -> None:
-        self.file.write(_line(record))
-        self.file.flush()
 
     def _log(self, record: dict) -> None:
         if self.logger:
@@ -140,7 +161,6 @@ class Journal:
 
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
         if self.logger:
             self.logger.close()
 
