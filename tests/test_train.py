@@ -176,6 +176,22 @@ def test_output_folder(monkeypatch, tmp_path, base, rows):
     assert losses_of(tmp_path / "again") == losses_of(output)
 
 
+def test_what_only_tells_of_a_run_cannot_end_it(monkeypatch, tmp_path, base, rows, capsys):
+    """The report and the list of bad rows, where the disk refuses them (here: folders lie where files should)."""
+    bad = tmp_path / "rows.jsonl"
+    bad.write_text(rows.read_text() + "{}\n")
+    output = tmp_path / "out"
+    (output / ".bad_rows.jsonl.part").mkdir(parents=True)
+    monkeypatch.setattr("training.guards.LEFT_BEHIND", (".bad_rows.jsonl.part",))
+    monkeypatch.setattr("eval.examiner.write_report", lambda *_: open(tmp_path))
+    more = ["--use_lora", "--max_steps", 2, "--eval_split", 4, "--on_bad_row", "skip", "--predict_with_generate"]
+    assert run(monkeypatch, *flags(base, bad, output, *more, "--max_new_tokens", 4)) == 0
+    said = capsys.readouterr()
+    for name in ("report.html", "bad_rows.jsonl"):
+        assert f"{name} cannot be written (Is a directory); the run goes on" in said.out + said.err
+    assert (output / "adapter").exists() and len(losses_of(output)) == 2
+
+
 def test_full_run_saves_a_model_that_transformers_opens(monkeypatch, tmp_path, base, rows):
     from transformers import Qwen2ForCausalLM
 
