@@ -117,7 +117,7 @@ class Run:
 
     def train(self) -> int:
         """Resume or rehearse, loop, save, evaluate, export; returns 0, 128 + the signal that ended the run, or 1 where the
-        last checkpoint could not be saved."""
+        last checkpoint or the last lines of the journal could not be saved."""
         from eval.examiner import Examiner
         from training import opening
         from training.guards import Stop
@@ -160,7 +160,7 @@ class Run:
         self.journal.event("finish", self.state.step, reason=reason, time=now(), skipped_rows=len(self.rows.bad))
         self.journal.close()
         examiner.close(finished)
-        return stop.exit_code if not finished else 0 if saved else 1
+        return stop.exit_code if not finished else 0 if saved and not self.journal.file.waiting else 1
 
     def loop(self, stop, examiner) -> None:
         """Optimizer steps until the last one, or until a signal asks to stop."""

@@ -9,7 +9,7 @@ import pytest
 
 from data.errors import UserError
 from training import journal as module
-from training.journal import Journal, read_journal
+from training.journal import Journal, PatientFile, read_journal
 
 KEYS = ["step", "loss", "lr", "grad_norm", "supervised_tokens", "seconds", "data_wait", "memory"]
 
@@ -123,6 +123,10 @@ def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path, capsys
         (1, None), (2, None), (3, None), (3, "commit"), (4, None)]  # fmt: skip
     assert capsys.readouterr().err.count("warning: ") == 1
     journal.close()
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left.*journal.jsonl"):  # never written to: that is no passing trouble
+        PatientFile(path).write("line")
 
 
 def test_the_status_line(tmp_path, capsys):

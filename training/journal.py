@@ -66,10 +66,11 @@ class PatientFile:
     that is full for an hour ends no run, whose weights are well."""
 
     def __init__(self, path: str | Path):
-        self.path, self.waiting, self.is_refused = Path(path), b"", False
+        self.path, self.waiting, self.is_refused, self.is_begun = Path(path), b"", False, False
 
     def write(self, text: str, sync: bool = False) -> None:
-        """Add the text; sync: and have it on the disk itself before this returns."""
+        """Add the text; sync: and have it on the disk itself before this returns. OSError where nothing could ever be written:
+        that is seen before the first step."""
         self.waiting += text.encode()
         try:
             self.path.parent.mkdir(exist_ok=True)
@@ -78,8 +79,10 @@ class PatientFile:
                     self.waiting = self.waiting[file.write(self.waiting) :]
                 if sync:
                     os.fsync(file.fileno())
-            self.is_refused = False
+            self.is_refused, self.is_begun = False, self.is_begun or bool(text)
         except OSError as error:
+            if not self.is_begun:
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
             if not self.is_refused:
                 print(f"warning: {self.path} cannot be written ({error.strerror}); the run goes on and tries again with the "
                       "next line", file=sys.stderr)  # fmt: skip
@@ -161,6 +164,7 @@ class Journal:
 
     def close(self) -> None:
         self.bar.close()
+        self.file.write("")
         if self.logger:
             self.logger.close()
 
