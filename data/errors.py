@@ -38,6 +38,7 @@ def command(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.errno not in REFUSED_BY_DISK:
             raise
-        sentence = f"{error.filename or 'writing a file'}: {error.strerror}; make room or give the right to it, or name another"
+        path = error.filename2 or error.filename or "writing a file"  # of a copy the second is what is written
+        sentence = f"{path}: {error.strerror}; make room or give the right to it, or name another"
     print(f"error: {printable(sentence)}", file=sys.stderr)
     sys.exit(2)

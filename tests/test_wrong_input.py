@@ -591,6 +591,13 @@ def test_full_disk_at_every_file(refused, world, tmp_path, monkeypatch, name):
     refused(train.main, train_flags(world, tmp_path / "out", *flags), os.strerror(errno.ENOSPC), "make room")
 
 
+def test_a_copy_that_the_disk_refuses_names_what_is_written(refused):
+    def main():  # what shutil.copyfile raises
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "base/config.json", None, "out/model/config.json")
+
+    assert "base" not in refused(main, [], "out/model/config.json: No space left", "make room")
+
+
 def test_two_runs_in_one_folder(refused, world, tmp_path):
     """The second is refused and touches nothing; the first is a process of its own, as the lock belongs to one."""
     output = tmp_path / "out"
