@@ -1,7 +1,7 @@
 """Rows of one or more sources as conversations, every row checked before the first training step.
 
 A source is gone through once, and a row is parsed again when it is asked for, so that no source lies in memory (about
-60 bytes a row do). The check reads structure and picture headers, decodes no picture, costs about 20 us a text row, and
+60 bytes a row do). The check reads structure and picture headers, decodes no picture, costs about 30 us a text row, and
 turns whatever is wrong with a row into one sentence with file:line and the row's id.
 """
 

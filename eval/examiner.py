@@ -6,7 +6,6 @@ what the model could do already, and a run whose evaluation would crash crashes 
 """
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from data.rows import Rows
 from eval.evaluate import Evaluation, evaluate
 from eval.tasks import Task, find_task
 from model.family import Model
+from model.shards import whole_file
 from training.guards import is_out_of_memory
 from training.journal import Journal, PatientFile, check_logger, read_journal
 from training.report import Report, Sample, read_report, write_report
@@ -51,7 +51,8 @@ class Examiner:
             kept = [line for line in lines if 0 < step and line.get("step", 0) <= step]
             before = [line for line in kept if line.get("when") == "before"]
             self.lines.setdefault("before", {})[path.stem] = before
-            path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+            with whole_file(path) as file:
+                file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in kept)
         for record in read_journal(journal.path):
             if record.get("event") == "eval" and record["step"] == 0:
                 found = {key: value for key, value in record.items() if key not in ("event", "step", "set", "seconds")}
@@ -89,7 +90,7 @@ class Examiner:
     def _evaluate(self, file: PatientFile, records: list, task: Task | None, extra: dict) -> Evaluation:
         """evaluate(), once more with half the positions at once where the memory does not do: no run dies of this."""
         batch_tokens = self.state.micro_tokens
-        start, waiting = file.path.stat().st_size if file.path.exists() else 0, file.waiting
+        place = file.place()
         while True:
             try:
                 with self.precision.autocast():
@@ -100,9 +101,7 @@ class Examiner:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or batch_tokens < 2:
                     raise
-            file.waiting = waiting
-            if file.path.exists():
-                os.truncate(file.path, start)
+            file.go_back(place)
             batch_tokens //= 2
             print(f"out of memory in evaluation: once more with {batch_tokens} positions at a time")
 

@@ -23,6 +23,7 @@ from eval.metrics import Reply, box_iou, centre_in_box, exact_match, tool_call
 Reward = Callable[[list[Reply]], list[dict[str, float]]]
 
 OPENING, CLOSING = "<answer>", "</answer>"
+PAIRWISE = "pairwise:"  # begins the name of a judge that is shown two answers, eval/tasks/win_rate.py's
 FORMAT_SCORE = 0.1  # of an answer in its tags that is not right, as published; right is 1, no answer is 0
 MAX_CHARACTERS = 300  # of an expression, blanks aside; longer ones are wrong
 MAX_BITS = 4096  # of a power, in the published rules
@@ -184,7 +185,7 @@ def find_reward(name: str, folder: Path | None = None, requests_per_minute: floa
     """
     if name in RULES:
         return partial(each, RULES[name])
-    if name.startswith("pairwise:"):
+    if name.startswith(PAIRWISE):
         raise UserError(f"--reward {name}: compares two models' answers; --task win_rate takes it, here name what scores one")
     if "@http" in name:
         from eval.judges import ServedReward, Server

@@ -1,8 +1,17 @@
 """A small run of train.py inside the test's own process."""
 
+import json
 import sys
 
 import train
+
+
+def write_problems(folder):
+    """Ten problems of different lengths, none of which a random model solves."""
+    path = folder / "problems.jsonl"
+    lines = [{"id": f"p{n}", "prompt": "add " + "1 " * n, "ground_truth": str(n)} for n in range(1, 11)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
 def run(monkeypatch, *arguments) -> int:

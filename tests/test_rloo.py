@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
-from small_run import run
+from small_run import run, write_problems
 
 import data.__main__ as data_door
 import stages.__main__ as pipeline
@@ -54,11 +54,7 @@ def seeded():
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    """Ten problems of different lengths, none of which a random model solves."""
-    path = tmp_path_factory.mktemp("rows") / "problems.jsonl"
-    lines = [{"id": f"p{n}", "prompt": "add " + "1 " * n, "ground_truth": str(n)} for n in range(1, 11)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return write_problems(tmp_path_factory.mktemp("rows"))
 
 
 def steps_of(output: Path) -> list[dict]:

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import small_run
 import torch
-from small_run import run
+from small_run import run, write_problems
 
 import eval.generate
 from data.errors import UserError
@@ -75,10 +75,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "problems.jsonl"
-    lines = [{"id": f"p{n}", "prompt": "add " + "1 " * n, "ground_truth": str(n)} for n in range(1, 11)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return write_problems(tmp_path_factory.mktemp("rows"))
 
 
 def prompts_of(family) -> list:

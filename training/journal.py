@@ -88,6 +88,16 @@ class PatientFile:
                       "next line", file=sys.stderr)  # fmt: skip
             self.is_refused = True
 
+    def place(self) -> tuple[int, bytes]:
+        """Where the file ends now, for go_back()."""
+        return self.path.stat().st_size if self.path.exists() else 0, self.waiting
+
+    def go_back(self, place: tuple[int, bytes]) -> None:
+        """Take back what was written since."""
+        size, self.waiting = place
+        if self.path.exists():
+            os.truncate(self.path, size)
+
 
 class Journal:
     """journal.jsonl of an output folder, the status line, and the loggers of --report_to.
@@ -100,15 +110,16 @@ class Journal:
     def __init__(self, folder: str | Path, last_step: int, step: int = 0, logging_steps: int = 1,
                  report_to: str = "none"):
         self.path = Path(folder) / "journal.jsonl"
+        from model.shards import whole_file  # which needs torch, as --help does not
+
         self.last_step, self.logging_steps = last_step, logging_steps
         self.shown_gib = 0.0  # the peak memory that the screen has shown
         self.seconds_per_step = 0.0  # running mean since this start, for the time that is left
         self.logger = None if report_to == "none" else open_logger(report_to, folder)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_journal(self.path) if record["step"] <= step] if step else []
-        temporary = self.path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
-        os.replace(temporary, self.path)
+        with whole_file(self.path) as file:
+            file.write("".join(map(_line, kept)).encode())
         self.file = PatientFile(self.path)
         self.bar = tqdm(total=last_step, initial=step, unit="step", leave=False, disable=None)  # None: terminals only
         if step:

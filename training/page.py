@@ -7,7 +7,6 @@ variables, need no font and no script, and a curve costs about 5 KB because it i
 import base64
 import io
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from html import escape
@@ -70,15 +69,16 @@ NUMBER = re.compile(r"[\d.,:]+( ?[%a-zA-Z]{1,3})?")  # 1,200, 7:12 min, 2.58 GiB
 
 
 def write_page(path: str | Path, title: str, sections: list[str], css: str = "") -> None:
-    """Write a page in one go (temporary file, rename): a reader never sees half of it. Empty sections are left out."""
+    """Write a page, whole or not at all: a reader never sees half of it. Empty sections are left out."""
+    from model.shards import whole_file
+
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser itself keeps the page offline
     page = ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width"><meta http-equiv="Content-Security-Policy" content="{policy}">'
             f"<title>{escape(title)}</title><style>{CSS}{css}</style></head><body><main>\n"
             + "\n".join(filter(None, sections)) + "\n</main></body></html>\n")
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    os.replace(temporary, path)
+    with whole_file(Path(path)) as file:
+        file.write(page.encode(errors="xmlcharrefreplace"))
 
 
 class Markup(str):

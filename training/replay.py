@@ -3,8 +3,8 @@
 Which rows a step had is a function of the seed and its number, so no record of them is needed. The weights are those of
 the newest checkpoint from before the step, else the base; where it is the step just before, loss and gradient norm are
 the journal's, dropout included (of several updates on one step's answers, RLOO's --num_iterations, the first is run, and
-the journal has the last). Then every row runs alone, which says whose fault it was. Writes nothing (but DPO's reference,
-where it is gone).
+the journal has the last). Then every row runs alone, which says whose fault it was. Writes nothing (but DPO's reference
+and what a reward's server replies, where these are gone).
 """
 
 import math

@@ -12,10 +12,8 @@ from typing import Any
 
 from data.errors import UserError
 from eval.metrics import Reply, wilson_interval
-from eval.rewards import find_reward
+from eval.rewards import PAIRWISE, find_reward
 from eval.tasks import Metric, Task, means
-
-PAIRWISE = "pairwise:"
 
 
 def compare(name: str, **settings: Any) -> Metric:
