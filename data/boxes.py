@@ -288,7 +288,7 @@ class BoxRule:
             return truth
 
         def convert(box: list) -> list[int]:
-            if not isinstance(box, list) or len(box) != 4 or not all(isinstance(number, int | float) for number in box):
+            if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
                 raise Problem("a box to check answers against is not four numbers", short(box))
             return [self.convert(number, place % 2, sizes[-1]) for place, number in enumerate(box)]
 

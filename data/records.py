@@ -176,11 +176,14 @@ class Part:
 
     def _rewrite_boxes(self, record: Record, notes: Counter) -> None:
         """What --box_format asks for: boxes in the family's own convention, in every text and truth of the record."""
-        record.messages = self.boxes.rewrite(record.messages, record.image_sizes, notes)
-        record.truth = self.boxes.rewrite_truth(record.truth, record.image_sizes)
-        if record.rejected is not None:
-            last = self.boxes.rewrite(record.rejected, record.image_sizes, Counter())[-1]
-            record.rejected = [*record.messages[:-1], last]
+        try:
+            record.messages = self.boxes.rewrite(record.messages, record.image_sizes, notes)
+            record.truth = self.boxes.rewrite_truth(record.truth, record.image_sizes)
+            if record.rejected is not None:
+                last = self.boxes.rewrite(record.rejected, record.image_sizes, Counter())[-1]
+                record.rejected = [*record.messages[:-1], last]
+        except UserError as error:  # a picture of a shape that the family cannot resize
+            raise Problem("the model cannot take it", str(error)) from None
 
     def _check_kind(self, record: Record, notes: Counter) -> None:
         """Problem for a kind of row that is not taken; where conversations are, a preference becomes its chosen side, and

@@ -271,6 +271,20 @@ def test_both_answers_of_a_preference_and_what_a_reward_checks_are_rewritten(tmp
     assert boxes.rewrite_truth(None, [(200, 100)]) is None and boxes.rewrite_truth(truth, []) is truth
 
 
+def test_what_no_box_can_be_made_of_is_one_bad_row(tmp_path):
+    """A picture that the family cannot resize, and a number without end in what an answer is checked against."""
+    for name, size in (("thin.png", (1, 900)), ("a.png", (200, 100))):
+        Image.new("RGB", size).save(tmp_path / name)
+    rows = [{"image": name, "prompt": "Where?", "completion": "[1, 2, 3, 4]"} for name in ("thin.png", "a.png")]
+    rows.append({"image": "a.png", "prompt": "Where?", "ground_truth": {"box": [1, 2, 10**400, 4]}})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    records = open_records(tmp_path / "rows.json", boxes=rule("thousandths", OWN["qwen2_5_vl"]), on_bad_row="skip")
+    assert [record.where for record in records] == ["rows.json:2"]
+    problems = {row["where"]: row["problem"] for row in records.bad}
+    assert problems["rows.json:1"].startswith("the model cannot take it: a picture of 1 x 900 pixels")
+    assert problems["rows.json:3"].startswith("a box to check answers against is not four numbers")
+
+
 def test_the_click_of_an_answer_is_judged_and_drawn_like_the_rows(tmp_path, folders):
     """The README's row: what the model reads, what the metrics see in its answer, and where it lies on the picture."""
     call = {"type": "function", "function": {"name": "click", "arguments": {"x": 50, "y": 100}}}
