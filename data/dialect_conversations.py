@@ -3,7 +3,7 @@
 import re
 
 from data.dialects import dialect, has
-from data.turns import Problem, split_chat, turns_of
+from data.turns import Problem, answer_of, role_of, short, split_chat, turns_of
 
 
 @dialect("messages", has("messages"))
@@ -68,10 +68,9 @@ def _read_cookbook(row: dict) -> list:
 
 @dialect("prompt/completion", has("prompt", "completion"))
 def _read_completion(row: dict, key: str = "prompt") -> list:
-    prompt, answer = turns_of(row[key]), row["completion"]
-    answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+    prompt, answer = turns_of(row[key]), answer_of(row["completion"])
     # What the assistant said before the completion is context, not something to learn.
-    return [turn | {"train": False} if turn.get("role") == "assistant" else turn for turn in prompt] + answer
+    return [turn | {"train": False} if role_of(turn) == "assistant" else turn for turn in prompt] + answer
 
 
 @dialect("query/completion", has("query", "completion"))
@@ -83,8 +82,17 @@ def _read_query(row: dict) -> list:
 def _read_alpaca(row: dict, answer: str = "output") -> list:
     """Stanford's Alpaca: what an instruction is about follows it after a blank line; the chat template is its frame."""
     question = "\n\n".join(row[key] for key in ("instruction", "input", "context") if row.get(key))
-    pairs = [*(row.get("history") or []), (question, row[answer])]  # LLaMA-Factory's: what was said before
-    return [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+    pairs = [*(row.get("history") or []), [question, row[answer]]]  # LLaMA-Factory's: what was said before
+    return [turn for pair in pairs for turn in _read_pair(pair)]
+
+
+def _read_pair(pair: object) -> list:
+    """A question and its answer as turns; an object is a turn already."""
+    if isinstance(pair, dict):
+        return [pair]
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise Problem("history is neither pairs of question and answer nor turns", short(pair))
+    return [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
 
 
 @dialect("instruction/response", has("instruction", "response"))

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.template import Template
-from data.turns import MARK, MISSHAPEN, Problem, finish_turns, place_pictures, read_pictures, read_turn, short
+from data.turns import (
+    MARK,
+    MISSHAPEN,
+    Problem,
+    finish_turns,
+    place_pictures,
+    read_pictures,
+    read_tools,
+    read_turn,
+    short,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,7 @@ class Reading:
 
     messages: list[dict]
     dialect: str
+    tools: list[dict]
     rejected: list[dict] | None = None
     truth: dict | None = None
 
@@ -139,13 +150,15 @@ def read_row(
         if not isinstance(items, Question):
             raise Problem("--prompt_template alone is for problems", f"this is {name}; add --response_template")
         items = Question([template.ask(row)], items.truth)
+    # A table's columns have names of their own. Before OpenAI's tools there were functions.
+    tools = [] if found is TABLE else read_tools(row.get("tools") or row.get("functions"))
     if isinstance(items, Question):
-        return Reading(_read_turns(row, items.turns, found, notes, "prompt"), name, truth=items.truth)
+        return Reading(_read_turns(row, items.turns, found, notes, "prompt"), name, tools, truth=items.truth)
     if isinstance(items, Preference):
         chosen = _read_turns(row, items.chosen, found, notes)
         rejected = _read_turns(row, items.rejected, found, Counter(), "rejected")
-        return Reading(chosen, name, rejected=_join_prefix(chosen, rejected, notes))
-    return Reading(_read_turns(row, items, found, notes), name)
+        return Reading(chosen, name, tools, rejected=_join_prefix(chosen, rejected, notes))
+    return Reading(_read_turns(row, items, found, notes), name, tools)
 
 
 def _read_turns(row: dict, items: list, found: Dialect, notes: Counter, side: str = "answer") -> list[dict]:

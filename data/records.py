@@ -25,7 +25,7 @@ from data.images import DATA_URL, OutsideRoot, find_image, image_size, split_par
 from data.paths import open_sources
 from data.sources import Source
 from data.template import Template
-from data.turns import Problem, parts_of, read_tools, short
+from data.turns import Problem, parts_of, short
 
 ID_KEYS = ("id", "uid", "prompt_id")
 KINDS = {
@@ -162,7 +162,7 @@ class Part:
         row_id = str(next(ids, where))
         try:
             found = read_row(row, notes, self.template, lambda image: self._find({"image": image}))
-            tools = read_tools(row.get("tools")) or None
+            tools = found.tools or None
             record = Record(row_id, where, found.messages, tools, found.dialect, [], found.rejected, found.truth)
             record.image_sizes = [self._find(part) for part in record.pictures()]
             self._rewrite_boxes(record, notes)

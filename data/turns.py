@@ -16,9 +16,10 @@ MARKS = re.compile(r"(<image(?:_\d+)?>)")  # GUICourse numbers them where a row 
 PICTURE_KEYS = ("image", "images", "screenshot")
 # What a reader of one shape of row meets in a row of another shape.
 MISSHAPEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-TURN_KEYS = {"role", "from", "content", "value", "tool_calls", "train", *PICTURE_KEYS}
+TURN_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "train", *PICTURE_KEYS}
 ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {
     "human": "user", "gpt": "assistant", "developer": "system", "observation": "tool", "function_call": "assistant",
+    "function": "tool",
 }  # fmt: skip
 
 
@@ -129,6 +130,19 @@ def parts_of(content: str | list[dict]) -> list[dict]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+def role_of(turn: dict) -> str | None:
+    """Who speaks in a turn, under whichever name; None where the name is none of ROLES."""
+    name = turn.get("role", turn.get("from"))
+    return ROLES.get(name) if isinstance(name, str) else None
+
+
+def answer_of(answer: object) -> list:
+    """An answer as turns: turns as they are, one turn alone, anything else as the assistant's content."""
+    if isinstance(answer, list):
+        return answer
+    return [answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}]
+
+
 def turns_of(prompt: object) -> list:
     """A prompt as turns: turns as they are, a text rendered with Qwen's template taken apart, other text as the user's."""
     if isinstance(prompt, list):
@@ -188,13 +202,15 @@ def _read_calls(value: object, notes: Counter) -> list[dict]:
 def read_turn(item: object, number: int, notes: Counter) -> dict:
     if not isinstance(item, dict):
         raise Problem("a turn is not an object", f"turn {number} is {short(item)}")
-    name = item.get("role", item.get("from"))
-    if not isinstance(name, str) or name not in ROLES:
+    name, role = item.get("role", item.get("from")), role_of(item)
+    if role is None:
         raise Problem("unknown role", f"turn {number} has {short(name)}; known are {', '.join(ROLES)}")
-    role, content, train = ROLES[name], item.get("content", item.get("value")), item.get("train")
+    content, train = item.get("content", item.get("value")), item.get("train")
     if name == "function_call":  # ShareGPT's: the turn is a call in JSON, or a list of some
         calls = decode(content) if isinstance(content, str) else content
         item, content = item | {"tool_calls": calls if isinstance(calls, list) else [calls]}, ""
+    if item.get("function_call") is not None:  # OpenAI's word for one call, before tool_calls
+        item = item | {"tool_calls": [*read_objects(item.get("tool_calls"), "tool_calls"), item["function_call"]]}
     if train is None and role == "assistant" and item.get("weight") in (0, 1):  # OpenAI's word for it
         item, train = item | {"weight": None}, bool(item["weight"])
     if isinstance(content, list):

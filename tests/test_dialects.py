@@ -70,6 +70,9 @@ def test_a_function_of_your_own_is_asked_first(write, dialects):
     {"id": "p", "prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
     {"id": "p", "prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
     {"id": "p", "query": "2 + 2?", "response_ws": "4", "response_ls": "5", "completion": None},
+    {"id": "p", "prompt": [USER], "chosen": GOOD, "rejected": BAD},
+    {"id": "p", "prompt": "2 + 2?", "chosen": {"from": "gpt", "value": "4"}, "rejected": [{"from": "gpt", "value": "5"}]},
+    {"id": "p", "prompt": "2 + 2?", "chosen": [{"from": "human", "value": "2 + 2?"}, GOOD], "rejected": [USER, BAD]},
 ])
 def test_preferences(write, row):
     record = open_records(write([row]))[0]
@@ -89,7 +92,8 @@ def test_earlier_answers_of_a_preference_are_context(write):
     ({"chosen": [USER, GOOD, USER], "rejected": [USER, BAD]}, "chosen does not end with an answer"),
     ({"chosen": [USER, GOOD | {"train": False}], "rejected": [USER, BAD]}, "no assistant turn"),
     ({"prompt": "3 + 3?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "prompt is not in the chosen"),
-    ({"chosen": "4", "rejected": "5"}, "a prompt is neither text nor turns"),
+    ({"chosen": "4", "rejected": "5", "question": "2?"}, "without a prompt.*'question'.*name what they answer \"prompt\""),
+    ({"chosen": "4", "rejected": "5", "prompt": 4}, "a prompt is neither text nor turns"),
     ({"chosen": [USER, GOOD | {"content": ""}], "rejected": [USER, BAD]}, "neither text nor tool call"),
 ])
 def test_bad_preferences(write, row, expected):
@@ -301,6 +305,35 @@ def test_rows_as_other_trainers_write_them(write, tmp_path):
         assert "a number is NaN" in open_records(write([nan]), on_bad_row="skip").bad[0]["problem"]
     bad = open_records(write([{"question": "a", "answer": "b"}]), on_bad_row="skip").bad[0]["problem"]
     assert bad.startswith("no dialect has these keys: ['answer', 'question']; --prompt_template, --response_template and")
+
+
+def test_openais_functions_are_tools_and_a_function_call_is_a_call(write):
+    said = {"role": "assistant", "content": "I look.", "function_call": {"name": "w", "arguments": '{"x": 1}'}}
+    row = {"messages": [USER, said, {"role": "function", "name": "w", "content": "sun"}, GOOD], "functions": [{"name": "w"}]}
+    (record,) = open_records(write([row]))
+    call = {"type": "function", "function": {"name": "w", "arguments": {"x": 1}}}
+    assert record.messages == [USER, {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+                               {"role": "tool", "content": "sun"}, GOOD]
+    assert record.tools == [{"name": "w"}]
+
+
+def test_what_was_said_before_is_context_under_either_name_of_a_role(write):
+    before = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}, USER]
+    for completion in ("4", GOOD, [GOOD]):
+        (record,) = open_records(write([{"prompt": before, "completion": completion}]))
+        assert [turn.get("train") for turn in record.messages] == [None, False, None, None] and record.messages[-1] == GOOD
+
+
+@pytest.mark.parametrize("history, said", [
+    ([["q", "r"]], ["q", "r"]), ([USER, GOOD], ["2 + 2?", "4"]), ([{"user": "q", "assistant": "r"}], "unknown role"),
+    (["ab"], "history is neither pairs"), ("[]", "history is neither pairs"), ([["q"]], "history is neither pairs"),
+])
+def test_the_history_of_an_instruction(write, history, said):
+    path = write([{"instruction": "a", "output": "b", "history": history}])
+    if isinstance(said, str):
+        assert problem_of(path).startswith(said)
+    else:
+        assert [turn["content"] for turn in open_records(path)[0].messages] == [*said, "a", "b"]
 
 
 def test_arguments_encoded_twice(write):
