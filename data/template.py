@@ -5,6 +5,7 @@ in the prompt is the place of the picture (else it goes in front). Columns are t
 --prompt_template alone puts problems (Countdown's numbers) in other words and leaves what their answers are checked against.
 """
 
+import json
 from dataclasses import dataclass
 from string import Formatter
 
@@ -57,20 +58,24 @@ def make_template(prompt: str | None, response: str | None, image_column: str | 
 
 
 def fill(template: str, row: dict) -> str:
-    """The template with the row's columns in it; a list reads as "44, 19, 35"."""
+    """The template with the row's columns in it; a list reads as "44, 19, 35", an object as the JSON that it is."""
     text = ""
     for literal, name, rule, _ in Formatter().parse(template):
         text += literal
         if name is None:
             continue
         value = column(row, name)
-        if isinstance(value, list):
-            value = ", ".join(map(str, value))
         try:
-            text += format(value, rule)
+            text += format(_words(value) if isinstance(value, dict | list) else value, rule)
         except MISSHAPEN as error:
             raise Problem(f"column {name} does not fit {{{name}:{rule}}}", f"{short(value)}: {error}") from None
     return text
+
+
+def _words(value: list | dict) -> str:
+    if isinstance(value, list) and not any(isinstance(item, dict | list) for item in value):
+        return ", ".join(map(str, value))
+    return json.dumps(value, ensure_ascii=False)
 
 
 def column(row: dict, name: str) -> object:

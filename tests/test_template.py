@@ -63,6 +63,15 @@ def test_a_table_without_pictures(table):
     assert [turn["content"] for turn in record.messages] == ["Price of Cropped Nylon Quilted Jacket?", "2290.0"]
 
 
+def test_an_object_is_written_as_json_and_a_column_may_be_called_tools(table):
+    row = {"tools": "hammer", "sizes": [{"w": 1.5, "new": True, "note": None}, "h\u00e9"], "seen": ["x", 2]}
+    template = make_template("Name the {tools}.", "{label} {sizes} {seen}", None)
+    (record,) = open_records(table(row | {"label": {"name": "\u00e9", "of": ["it's"]}}), template=template)
+    assert record.messages[0]["content"] == "Name the hammer." and record.tools is None
+    assert record.messages[1]["content"] == \
+        '{"name": "\u00e9", "of": ["it\'s"]} [{"w": 1.5, "new": true, "note": null}, "h\u00e9"] x, 2'
+
+
 @pytest.mark.parametrize("change, expected", [
     ({"title": None}, "column title is empty"), ({"imageurl": ""}, "column imageurl is empty"),
     ({"imageurl": "http://host/a.jpg"}, "is a URL; nothing is fetched while training"),
