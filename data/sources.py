@@ -16,10 +16,10 @@ from pathlib import Path
 
 from data.errors import UserError
 from data.json_array import split_array
-from data.turns import MAX_ROW_BYTES, Problem, decode
+from data.turns import MAX_ROW_BYTES, Problem, are_turns, decode
 
-TEXT_COLUMNS = {"prompt", "query", "completion", "text", "instruction", "input", "context", "output",
-                "response"}  # of a csv: text even where it looks like a JSON list or object
+TEXT_COLUMNS = {"prompt", "query", "completion", "text", "instruction", "input", "context", "output", "response", "chosen",
+                "rejected", "ground_truth"}  # of a csv: text even where it looks like a JSON list or object, but for turns
 Piece = tuple[int, int, int, object]  # number of a row, where it lies (byte offset, size; 0, 0 in a table), what lies there
 
 
@@ -122,7 +122,8 @@ class Document(Source):
 
 class Sheet(Source):
     """A csv file with names in its first row, which shows what separates cells: most often commas, semicolons or tabs. The
-    number is that of the line a row begins on. A cell is text, or the JSON list or object that it holds; an empty one is none.
+    number is that of the line a row begins on. A cell is text, or the JSON list or object that it holds (in TEXT_COLUMNS that
+    has to be turns); an empty one is none.
     """
 
     def __init__(self, path: Path):
@@ -175,18 +176,20 @@ class Sheet(Source):
 
     def _cells(self, raw: bytes) -> list[str]:
         try:
-            lines = io.StringIO(raw.decode("utf-8-sig"), newline="")
+            lines = io.StringIO(raw.decode("utf-8-sig"), newline="\n")  # a line ends as in _split(), not at a carriage return
             return next(csv.reader(lines, delimiter=self.separator, strict=True), [])
         except UnicodeError as error:
             raise Problem("not valid UTF-8", f"{error.reason}; save the file as UTF-8") from None
         except csv.Error as error:
-            raise Problem("not valid CSV", str(error)) from None
+            bare = "a carriage return without a line feed; save the file with line feeds, or quote the cell"
+            raise Problem("not valid CSV", bare if "new-line character" in str(error) else str(error)) from None
 
 
 def _cell(name: str, text: str) -> object:
-    if name in TEXT_COLUMNS or text[0] not in "[{":
+    if text[0] not in "[{":
         return text
     try:
-        return decode(text)
+        value = decode(text)
     except Problem:
         return text
+    return value if name not in TEXT_COLUMNS or are_turns(value) else text

@@ -136,6 +136,12 @@ def role_of(turn: dict) -> str | None:
     return ROLES.get(name) if isinstance(name, str) else None
 
 
+def are_turns(value: object) -> bool:
+    """Whether a value is a turn or a list of some: objects that each say whose turn it is."""
+    turns = value if isinstance(value, list) else [value]
+    return bool(turns) and all(isinstance(turn, dict) and role_of(turn) for turn in turns)
+
+
 def answer_of(answer: object) -> list:
     """An answer as turns: turns as they are, one turn alone, anything else as the assistant's content."""
     if isinstance(answer, list):

@@ -140,6 +140,30 @@ def test_csv_numbers_lines_and_keeps_text_as_text(tmp_path):
     assert [turn["content"] for turn in records[1].messages] == ['a "b"', "[1]"] and records[1].id == "rows.csv:5"
 
 
+def test_a_carriage_return_in_a_csv_hides_no_row(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'prompt,completion\nq,a\rq2,b\nq3,"c\rd"\n')
+    records = open_records(path, on_bad_row="skip")
+    assert [row["where"] for row in records.bad] == ["rows.csv:2"] and "a carriage return" in records.bad[0]["problem"]
+    assert [record.messages[-1]["content"] for record in records] == ["c\rd"]
+    path.write_bytes(b"prompt,completion\rq,a\rq2,b")
+    with pytest.raises(UserError, match="names of the columns.*a carriage return without a line feed"):
+        open_records(path)
+
+
+def test_turns_in_a_csv_are_turns_and_other_json_is_text(tmp_path):
+    prompt, answer = chat("4")["messages"]
+    cells = [([prompt], [answer]), ([prompt], answer), ("?4", [4]), ("?4", {"role": 1}), ("?4", [])]
+    write_csv(tmp_path / "rows.csv", [{"prompt": json.dumps(asked) if asked != "?4" else asked, "completion": json.dumps(said)}
+                                      for asked, said in cells])  # fmt: skip
+    records = open_records(tmp_path / "rows.csv")
+    assert [record.messages[0] for record in records] == [prompt] * 5
+    assert [record.messages[1]["content"] for record in records] == ["4", "4", "[4]", '{"role": 1}', "[]"]
+    write_csv(tmp_path / "pairs.csv", [{"prompt": "?4", "chosen": '{"a": 1}', "rejected": "[2]"}])
+    (pair,) = open_records(tmp_path / "pairs.csv")
+    assert [side[-1]["content"] for side in pair.conversations] == ['{"a": 1}', "[2]"]
+
+
 @pytest.mark.parametrize("mark", [";", "\t"])
 def test_csv_with_another_separator(tmp_path, mark):
     path = tmp_path / "rows.csv"
