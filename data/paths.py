@@ -20,6 +20,7 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
           "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}  # words of a path
 NO_ROWS = {"manifest.json", "plan.json", "bad_rows.jsonl", "bad_images.jsonl", "images.jsonl", "judged_answers.jsonl",
            "summary.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what commands leave
+PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstandard"}  # by the first bytes
 WEIGHT = re.compile(r"(.+)\*(\d+\.?\d*|\.\d+)")
 
 
@@ -116,11 +117,18 @@ def _open_file(path: Path) -> Source:
         head = file.read(2**16)
         body = head.removeprefix(b"\xef\xbb\xbf").lstrip()
         file.seek(len(head) - len(body))
-        # one value a line: the first line closes what it opens, and more follows; a .json's array may close another there
-        closing = b"}" if body.startswith(b"{") else b"]" if path.suffix == ".jsonl" else None
-        is_lines = closing and file.readline(MAX_ROW_BYTES).rstrip().endswith(closing) and file.read(2**16).strip()
+        first, rest = file.readline(MAX_ROW_BYTES).rstrip(), file.read(2**16).lstrip()
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path} is UTF-16; save it as UTF-8")
+    if kind := next((name for start, name in PACKED.items() if head.startswith(start)), None):
+        raise UserError(f"{path} is packed with {kind}; unpack it")
+    if path.suffix == ".jsonl" and first == b"{" and rest.startswith(b'"'):
+        raise UserError(f"{path}: its first row goes on over several lines; write one row a line, or a list of all as .json")
+    # one value a line: the first line closes what it opens (a .json's array may close another there), or is a damaged one
+    # that no object could follow; and more follows
+    closing = b"}" if body.startswith(b"{") else b"]" if path.suffix == ".jsonl" else None
+    is_damaged = rest.startswith(b"{") and not first.endswith((b"{", b"[", b",", b":"))
+    is_lines = closing and rest and (first.endswith(closing) or is_damaged)
     if path.suffix == ".csv":
         return Sheet(path)
     if body.startswith(b"[") and not is_lines:

@@ -47,7 +47,7 @@ def decode(raw: bytes | str, is_row: bool = False) -> object:
     if len(raw) > MAX_ROW_BYTES:
         raise Problem("row too large", f"more than {MAX_ROW_BYTES:,} bytes")
     try:
-        text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
+        text = (raw if isinstance(raw, str) else raw.decode("utf-8-sig")).rstrip("\r\n")
         value = _decoder.decode(text)
         if "NaN" in text:
             value = _without_nan(value, is_row)
@@ -57,6 +57,8 @@ def decode(raw: bytes | str, is_row: bool = False) -> object:
         raise Problem("not valid UTF-8", f"{error.reason}; save the file as UTF-8") from None
     except RecursionError:
         raise Problem("nested too deeply", f"more than {MAX_DEPTH} levels") from None
+    except json.JSONDecodeError as error:  # by its place in the row: the line is the file's
+        raise Problem("not valid JSON", f"{error.msg} (after {error.pos} of {len(text)} letters)") from None
     except ValueError as error:
         raise Problem("not valid JSON", str(error)) from None
     _refuse_deep(value)

@@ -1,6 +1,7 @@
 """Rows: every dialect in one form, every bad row accounted for by file:line, nothing outside the root."""
 
 import copy
+import gzip
 import json
 import pickle
 import random
@@ -195,7 +196,8 @@ def test_bad_rows(write, expected):
 
 
 @pytest.mark.parametrize("line, expected", [
-    (b'{"messages": ', "not valid JSON"), (b"[" * 100_000, "nested too deeply"), (b'{"a": ' * 100_000, "too deeply"),
+    (b'{"messages": ', "not valid JSON: Expecting value (after 13 of 13 letters)"),
+    (b'{"messages": "x', "Unterminated string"), (b"[" * 100_000, "nested too deeply"), (b'{"a": ' * 100_000, "too deeply"),
     (b'{"messages": "\xff\xfe"}', "not valid UTF-8"), (b'{"messages": 1e999}', "a number is infinite"),
     (b'{"messages": ' + b"1" * 5000 + b"}", "not valid JSON"), (b"null", "not an object"), (b"\0\0", "not valid JSON"),
     (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "'content'"),
@@ -225,6 +227,29 @@ def test_a_row_that_is_too_long(write, monkeypatch):
 def test_a_list_in_the_first_line_is_one_bad_row(write):
     records = open_records(write([[1], {"messages": CHAT}]), on_bad_row="skip")
     assert [row["where"] for row in records.bad] == ["rows.jsonl:1"] and records[0].where == "rows.jsonl:2"
+
+
+@pytest.mark.parametrize("name, first", [
+    ("rows.jsonl", '{"messages": [{"role": "us'), ("rows.jsonl", '[{"role": "us'), ("rows.json", '{"messages": [{"role": "us'),
+    ("rows.json", '{"messages": nu'),
+])
+def test_a_first_line_that_is_cut_short_hides_no_row(write, name, first):
+    path = write([], name)
+    path.write_text("\n".join([first, *[json.dumps({"messages": CHAT})] * 2]))
+    records = open_records(path, on_bad_row="skip")
+    assert [row["where"] for row in records.bad] == [f"{name}:1"]
+    assert [record.where for record in records] == [f"{name}:2", f"{name}:3"]
+
+
+@pytest.mark.parametrize("content, words", [
+    (gzip.compress(b"{}"), "packed with gzip; unpack it"), (b"PK\3\4..", "packed with zip"),
+    (json.dumps({"messages": CHAT}, indent=2).encode(), "goes on over several lines; write one row a line"),
+])
+def test_a_file_of_another_form_than_its_name_says(write, content, words):
+    path = write([])
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        open_records(path, on_bad_row="skip")
 
 
 def test_byte_order_mark_and_line_ends(write):
