@@ -14,6 +14,8 @@ MAX_DEPTH = 100  # of a row: what walks one later has Python's limit of 1,000 fr
 MARK = "<image>"
 MARKS = re.compile(r"(<image(?:_\d+)?>)")  # GUICourse numbers them where a row has several pictures
 PICTURE_KEYS = ("image", "images", "screenshot")
+PART_KEYS = ("image", "image_url", "path", "url")  # of a picture among the parts of a turn
+NOT_TAKEN = ("video", "videos", "audio", "audios")  # by any model here
 # What a reader of one shape of row meets in a row of another shape.
 MISSHAPEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 TURN_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "train", *PICTURE_KEYS}
@@ -185,7 +187,10 @@ def _read_part(part: object, number: int) -> dict:
         return {"type": "text", "text": part["text"]}
     if kind not in ("image", "image_url"):
         raise Problem("a content part is neither text nor image", f"turn {number} has {short(part)}")
-    path = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None), None)
+    path = next((part[key] for key in PART_KEYS if part.get(key) is not None), None)
+    if path is None and part.get("source") is not None:  # Anthropic's; without any of the two the row names the picture
+        raise Problem("an image part names its picture in another way", f"turn {number} has {short(part)}; known are "
+                      f"{', '.join(PART_KEYS)}: a path, or a URL that begins with data:image/png;base64,")
     return {"type": "image", "image": path.get("url") if isinstance(path, dict) else path}
 
 
@@ -275,6 +280,8 @@ def finish_turns(turns: list[dict], side: str) -> None:
 
 def read_pictures(source: dict) -> list[tuple[str, object]]:
     """(mark in the text, path) of the pictures of a row or a turn: a path, a list of paths, or {"<image_00>": path}."""
+    if other := next((key for key in NOT_TAKEN if source.get(key)), None):
+        raise Problem(f"{other} is not taken", f"{short(source[other])}; pictures and text are; leave the row out")
     pictures = []
     for value in (source[key] for key in PICTURE_KEYS if source.get(key) is not None):
         if not isinstance(value, dict) or value.keys() == {"bytes", "path"}:

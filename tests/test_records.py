@@ -175,6 +175,10 @@ BAD = {  # what the sentence says: the row
     "the user turns have 1": {"messages": user_and_answer([{"type": "image"}])},
     "the names of pictures": picture_row({"path": "a.png"}),
     "a picture is not named": picture_row(5),
+    "an image part names its picture in another way": {
+        "messages": user_and_answer([{"type": "image", "source": {"type": "base64", "data": "iVBO"}}])},
+    "video is not taken: 'a.mp4'": picture_row(None) | {"video": "a.mp4"},
+    "videos is not taken: ['a.mp4']": {"messages": [CHAT[0] | {"videos": ["a.mp4"]}, CHAT[1]], "videos": []},
     "a picture is missing or unreadable: no file": picture_row("c.png"),
     "a picture is missing or unreadable: http": picture_row("http://host/c.png"),
     "a picture is missing or unreadable: picture": picture_row("rows.jsonl"),
