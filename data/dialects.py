@@ -17,6 +17,7 @@ from data.turns import (
     MARK,
     MISSHAPEN,
     Problem,
+    are_turns,
     finish_turns,
     place_pictures,
     read_pictures,
@@ -111,6 +112,8 @@ TABLE = Dialect("table", lambda row: True, Template.read, pictures=False)
 def find_dialect(row: dict, notes: Counter) -> Dialect:
     """The dialect of a row. Raises Problem for none; of several the others are noted, unless they ask for less of the same."""
     found, *others = [entry for entry in DIALECTS if entry.recognises(row)] or [None]
+    if found is None and are_turns(row):
+        raise Problem("the row is one turn", 'a row is a whole conversation: {"messages": [its turns]}')
     if found is None:
         lists = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
         inside = f"; if the rows are in its {short(lists[0])}, save that list alone" if lists else ""

@@ -141,9 +141,10 @@ def role_of(turn: dict) -> str | None:
 
 
 def are_turns(value: object) -> bool:
-    """Whether a value is a turn or a list of some: objects that each say whose turn it is."""
+    """Whether a value is a turn or a list of some: objects that each say who speaks, and what."""
     turns = value if isinstance(value, list) else [value]
-    return bool(turns) and all(isinstance(turn, dict) and role_of(turn) for turn in turns)
+    said = {"content", "value", "tool_calls", "function_call"}
+    return bool(turns) and all(isinstance(turn, dict) and role_of(turn) and not said.isdisjoint(turn) for turn in turns)
 
 
 def answer_of(answer: object) -> list:

@@ -185,9 +185,9 @@ class Family:
     def outline(self, messages: list[dict], tools: list | None, image_sizes: list[tuple[int, int]]) -> tuple[int, int, int]:
         """(text, picture, supervised) positions of a conversation, pictures not opened. UserError where encode() has one
         that no pixel decides."""
+        num_pictures = sum(self.picture_positions(width, height) for width, height in image_sizes)
         pieces = expand_pictures(self.render(messages, tools), self.image_token_id, [0] * len(image_sizes))
         check_ids(max((max(ids, default=0) for ids, _ in pieces), default=0), self.text_config["vocab_size"], self.folder)
-        num_pictures = sum(self.picture_positions(width, height) for width, height in image_sizes)
         return sum(len(ids) for ids, _ in pieces), num_pictures, sum(len(ids) for ids, trained in pieces if trained)
 
     # ---- examples ---------------------------------------------------------------------------------------------------

@@ -131,6 +131,11 @@ def test_each_problem_is_found_where_it_is(check):
     assert sum(summary["problems"].values()) == len(KINDS)
 
 
+def test_pictures_for_a_model_that_takes_none(check):
+    _, bad, _ = check([chat(image="b.png"), chat()], base="text")
+    assert list(bad) == [1] and "takes no pictures, but the row has one" in bad[1]
+
+
 def test_what_may_be_is_no_problem(check):
     silent = {"role": "assistant", "content": "", "train": False}
     first, last = chat()["messages"]

@@ -188,6 +188,7 @@ BAD = {  # what the sentence says: the row
     "['rows', 'version']; if the rows are in its 'rows', save that list alone": {"version": 1, "rows": [{"messages": CHAT}]},
     "not readable as messages": {"messages": None},
     "a row is not an object": [1],
+    "the row is one turn: a row is a whole": {"from": "human", "value": "2 + 2?"},
     "a number is infinite": {"messages": CHAT, "score": float("inf")},
     "not valid UTF-8": {"messages": user_and_answer("\ud800")},
     "not readable as WebVoyager": {"web_name": "Allrecipes", "ques": None, "web": "https://x"},
