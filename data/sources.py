@@ -157,8 +157,8 @@ class Sheet(Source):
                 except csv.Error as error:
                     if len(taken) > 1:
                         raise UserError(
-                            f"{self.name}:{number} is not valid CSV ({error}): a quoted cell goes on over {len(taken)} lines, "
-                            "which may be rows of their own; close its quotes, or remove them"
+                            f"{self.name}:{number} is not valid CSV ({_fault(error)}): a quoted cell goes on over {len(taken)} "
+                            "lines, which may be rows of their own; close its quotes, or remove them"
                         ) from None
                     cells = ["?"]  # parse() meets it again
                 raw = b"".join(taken)
@@ -181,8 +181,13 @@ class Sheet(Source):
         except UnicodeError as error:
             raise Problem("not valid UTF-8", f"{error.reason}; save the file as UTF-8") from None
         except csv.Error as error:
-            bare = "a carriage return without a line feed; save the file with line feeds, or quote the cell"
-            raise Problem("not valid CSV", bare if "new-line character" in str(error) else str(error)) from None
+            raise Problem("not valid CSV", _fault(error)) from None
+
+
+def _fault(error: csv.Error) -> str:
+    """What the csv reader met, without its advice to programmers."""
+    is_bare = "new-line character" in str(error)
+    return "a carriage return without a line feed; save the file with line feeds, or quote the cell" if is_bare else str(error)
 
 
 def _cell(name: str, text: str) -> object:

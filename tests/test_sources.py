@@ -177,6 +177,7 @@ def test_csv_with_another_separator(tmp_path, mark):
     (b"prompt,completion,completion\na,b,c\n", "two columns called 'completion'"),
     (b'prompt,completion\na,"b\nc,d\ne,f\n', "rows.csv:2 .* 3 lines"),  # no row is swallowed by another's quote,
     (b'prompt,completion\na,"b\nc,d\ne,"f"\ng,h\n', "rows.csv:2 .* 3 lines"),  # whether or not it is closed later
+    (b'prompt,completion\na,"b\nc"\rd,e\n', "rows.csv:2 .*a carriage return without a line feed.* 2 lines"),
 ])
 def test_a_csv_that_does_not_come_apart_into_rows(tmp_path, content, words):
     (tmp_path / "rows.csv").write_bytes(content)
