@@ -21,7 +21,8 @@ def _has_cogagent_picture(row: dict) -> bool:
 def _check_order(row: dict) -> str:
     """CogAgent's training guide puts Platform and Answer before the history, its programs that ask put them behind."""
     texts = [item.get("content") for item in row["messages"] if isinstance(item, dict)]
-    if any(re.search(r"\((?:Platform|Answer)\b.*History steps:", text, re.DOTALL) for text in texts if isinstance(text, str)):
+    fronts = [text.rpartition("History steps:")[0] for text in texts if isinstance(text, str)]
+    if any(re.search(r"\((?:Platform|Answer)\b", front) for front in fronts):
         return "(Platform ..) or (Answer ..) before History steps, where CogAgent's own prompts have it behind"
     return ""
 

@@ -257,7 +257,9 @@ TRAINED = "Task: Save it\n(Platform: Mac)\n(Answer in Action-Operation-Sensitive
 ASKED = "Task: Save it\nHistory steps: \n0. CLICK()\n(Platform: Mac)\n(Answer in Action-Operation-Sensitive format.)\n"
 
 
-@pytest.mark.parametrize("text, count", [(TRAINED, 1), (ASKED, 0)])
+@pytest.mark.parametrize("text, count", [
+    (TRAINED, 1), (ASKED, 0), ("(Platform: Mac) " + ASKED, 1), ("(Platform " * 500_000, 0),  # the last in no time
+], ids=["trained", "asked", "both", "long"])
 def test_the_order_of_cogagents_prompt_is_warned_about(write, pictures, text, count):
     messages = [{"role": "user", "content": text, "image": "a.jpg"}, GOOD]
     records = open_records(write([{"messages": messages}]))
