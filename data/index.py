@@ -4,7 +4,7 @@ An index is made where that pass took more than a second, and lies beside the ro
 user's cache folder. It is of one state of the rows, of the code that reads them, and of a run's image root, templates,
 kinds of row and boxes; its pictures must lie there unchanged (one stat each), and bad rows are read again, for what was
 missing may have come. Where any of this does not hold, or a byte is damaged, the pass is made again without a word. About
-50 bytes a row, nothing pickled.
+60 bytes a row, nothing pickled.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from data.records import Part
 
 WORTH_SECONDS = 1.0
-ARRAYS = ("numbers", "starts", "sizes", "sums", "text_bytes")
+ARRAYS = ("numbers", "starts", "sizes", "sums", "text_bytes", "shapes")
 
 
 def fill(part: "Part", keep: bool = True) -> None:

@@ -1,8 +1,8 @@
 """How long the rows are, in positions, before the first step: exact where it matters, without opening a picture.
 
 A byte of text is at most one token, so a row whose bytes, template and picture positions stay below the limit fits
-without being tokenized; only the others are rendered and counted. A row is never cut: one that is too long is refused
-with the numbers that would admit it.
+without being tokenized; only the others are rendered and counted, and one row of each shape: a chat format without tools has
+no place for any row with some. A row is never cut: one that is too long is refused with the numbers that would admit it.
 """
 
 from array import array
@@ -61,11 +61,13 @@ class Lengths:
 def measure(
     records: Records, count: Count, picture_positions: Callable[[int, int], int], limit: int | None, text_limit: int | None
 ) -> Lengths:
-    """Count the rows that may exceed `limit` positions (or `text_limit` of text), and the longest of the rest.
+    """Count the rows that may exceed `limit` positions (or `text_limit` of text), those of a shape of which the model cannot
+    take the first, and the longest of the rest.
 
     picture_positions(width, height) is the family's. A UserError of one of the two makes its row an unusable one.
     """
     found = Lengths(limit_flag="--max_length" if text_limit is None else "--max_text_length")
+    strange = strange_shapes(records, count)
     for index, text_bytes in enumerate(records.text_bytes):
         found.estimates.append(0)
         try:
@@ -73,7 +75,7 @@ def measure(
             found.estimates[index] = text_bytes / 3 + num_pictures
             most_text = text_bytes + TEMPLATE_BYTES
             fits = limit is None or most_text + num_pictures <= limit
-            if not fits or (text_limit is not None and most_text > text_limit):
+            if not fits or (text_limit is not None and most_text > text_limit) or records.shapes[index] in strange:
                 record = records[index]
                 if refused := refuse_long(found, record, *max(count(record), key=sum), limit, text_limit):
                     found.bad.append(refused)
@@ -84,6 +86,20 @@ def measure(
         found.kept.append(index)
     find_longest(found, records, count)
     return found
+
+
+def strange_shapes(records: Records, count: Count) -> set[int]:
+    """The shapes of rows (roles, calls, tools, pictures) of which the model cannot take the first."""
+    firsts: dict[int, int] = {}
+    for index, shape in enumerate(records.shapes):
+        firsts.setdefault(shape, index)
+    strange = set()
+    for shape, index in firsts.items():
+        try:
+            count(records[index])
+        except UserError:
+            strange.add(shape)
+    return strange
 
 
 def refuse_long(

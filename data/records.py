@@ -1,7 +1,7 @@
 """Rows of one or more sources as conversations, every row checked before the first training step.
 
 A source is gone through once, and a row is parsed again when it is asked for, so that no source lies in memory (about
-60 bytes a row do). The check reads structure and picture headers, decodes no picture, costs about 30 us a text row, and
+70 bytes a row do). The check reads structure and picture headers, decodes no picture, costs about 30 us a text row, and
 turns whatever is wrong with a row into one sentence with file:line and the row's id.
 """
 
@@ -25,8 +25,9 @@ from data.images import DATA_URL, OutsideRoot, find_image, image_size, split_par
 from data.paths import open_sources
 from data.sources import Source
 from data.template import Template
-from data.turns import Problem, parts_of, short
+from data.turns import ROLES, Problem, parts_of, short
 
+SPEAKERS = tuple(dict.fromkeys(ROLES.values()))
 ID_KEYS = ("id", "uid", "prompt_id")
 KINDS = {
     "conversation": "a conversation (it ends with an answer to learn)",
@@ -75,6 +76,14 @@ class Record:
         texts += [json.dumps([calls, self.tools], ensure_ascii=False)] if calls or self.tools else []
         return sum(len(text.encode()) for text in texts)
 
+    def shape(self) -> int:
+        """Who speaks, and whether there are calls, tools and pictures, a bit each: a model's chat format has them or not."""
+        turns = sum(self.conversations, [])
+        roles = {turn["role"] for turn in turns}
+        has_calls = any("tool_calls" in turn for turn in turns)
+        facts = [*(role in roles for role in SPEAKERS), has_calls, bool(self.tools), bool(self.image_sizes)]
+        return sum(fact << place for place, fact in enumerate(facts))
+
     def pictures(self) -> list[dict]:
         """The image parts, in order; "image" is an absolute path, or the bytes of a picture that the row itself holds."""
         return [part for turn in self.messages for part in parts_of(turn["content"]) if part["type"] == "image"]
@@ -99,7 +108,7 @@ class Part:
 
     def clear(self) -> None:
         """No row."""
-        self.numbers, self.starts, self.sizes, self.sums, self.text_bytes = (array("Q") for _ in range(5))
+        self.numbers, self.starts, self.sizes, self.sums, self.text_bytes, self.shapes = (array("Q") for _ in range(6))
         self.image_sizes: list[tuple[tuple[int, int], ...]] = []
         self.notes, self.dialects = Counter(), Counter()
         self.bad: list[dict] = []
@@ -126,6 +135,7 @@ class Part:
         self.sizes.append(size)
         self.sums.append(sum_of(raw))
         self.text_bytes.append(record.num_text_bytes())
+        self.shapes.append(record.shape())
         image_sizes = tuple(record.image_sizes) * len(record.conversations)  # both sides of a pair have them
         self.image_sizes.append(self._seen_sizes.setdefault(image_sizes, image_sizes))
         names = (part["image"] for part in record.pictures() if isinstance(part["image"], str))
@@ -226,8 +236,9 @@ def sum_of(raw: object) -> int:
 class Records:
     """The good rows of some sources: len(), [i] -> Record, read anew each time (so it may be sent to worker processes).
 
-    bad: the refused rows, [{"where", "id", "problem"}]. text_bytes[i], image_sizes[i]: what row i weighs, without reading
-    it again. notes, dialects: counts over all rows. parts: the same by source; part k's rows are numbers[k].
+    bad: the refused rows, [{"where", "id", "problem"}]. text_bytes[i], image_sizes[i], shapes[i]: what row i weighs and what
+    it asks of a chat format, without reading it again. notes, dialects: counts over all rows. parts: the same by source;
+    part k's rows are numbers[k].
     """
 
     def __init__(self, parts: list[Part]):
@@ -236,6 +247,7 @@ class Records:
         self.numbers = [range(end - len(part.numbers), end) for end, part in zip(self._ends, parts, strict=True)]
         self.bad = [row for part in parts for row in part.bad]
         self.text_bytes = reduce(iadd, (part.text_bytes for part in parts), array("Q"))
+        self.shapes = reduce(iadd, (part.shapes for part in parts), array("Q"))
         self.image_sizes = [sizes for part in parts for sizes in part.image_sizes]
         self.notes = sum((part.notes for part in parts), Counter())
         self.dialects = sum((part.dialects for part in parts), Counter())

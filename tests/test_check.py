@@ -403,6 +403,22 @@ def refused_by_training(world, options, stage):
     return set(refused)
 
 
+def test_rows_that_a_chat_format_has_no_place_for_are_found_before_the_first_step(tmp_path):
+    """However short they are, and behind any number of rows that it takes."""
+    family = write_tiny("phi3_vision", tmp_path / "base")
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    odd = [{"messages": [chat()["messages"][0], call]}, chat(tools=[{"name": "f"}])]
+    rows = [*[chat("2 + 2? " * 9)] * 30, odd[0], *[chat("2 + 2? " * 9)] * 30, odd[1], odd[0]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = Config(data_path=str(tmp_path / "rows.jsonl"), on_bad_row="skip")
+    found = open_rows(config, family, tmp_path)
+    assert [row["where"] for row in found.bad] == ["rows.jsonl:31", "rows.jsonl:62", "rows.jsonl:63"]
+    assert found.text.startswith("skipped 3 of 63 rows\n") and len(found.lengths.kept) == 60
+    config.on_bad_row = "stop"
+    with pytest.raises(UserError, match="3 of 63 rows cannot be used; the first is rows.jsonl:31: .* no form for tools"):
+        open_rows(config, family, tmp_path)
+
+
 def test_a_thousand_damaged_rows_and_pictures(check, world, capsys):
     lines = damaged_lines(world, 1000)
     assert all(line.strip() and b"\n" not in line for line in lines)
