@@ -369,7 +369,8 @@ def test_the_datasets_library_reads_a_hub(tmp_path):
     """
     environment = dict(os.environ, HF_ENDPOINT=f"http://{hub.netloc}", HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0")
     for reason in ("Repository Not Found", "the hub does not answer"):  # then what came before is read from the cache
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True,
+                              timeout=120)
         hub.shutdown()
         hub.server_close()
         assert done.stdout.strip() == "[(50, 'org/name:50', '49'), (1, 'org/name:test:1', 't')]", done.stderr[-2000:]
