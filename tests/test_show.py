@@ -147,7 +147,7 @@ def test_every_token_is_shown_once_by_its_label(name, place):
 def test_the_terminal_shows_the_end_of_long_rows_and_obeys_no_control_character(place):
     family = find_family(place / "qwen2_5_vl")
     example = family.encode([{"role": "user", "content": "x" * 900 + HOSTILE}, {"role": "assistant", "content": "the answer"}])
-    text = explain_rows([example, example], family.tokenizer, 400)
+    text = explain_rows([[example], [example]], family.tokenizer, 400)
     assert text.count("[[the answer") == 2 and len(text) < 400 + 300
     assert not any(ord(character) < 32 and character != "\n" for character in text) and "\u202e" not in text
 
@@ -231,6 +231,7 @@ def test_both_sides_of_a_preference_and_the_prompt_of_a_problem_are_shown(place,
     assert "<b>chosen</b>" in html and "<b>rejected</b>" in html and "a problem" in html
     printed = capsys.readouterr().out
     assert "[[two" in printed and "[[three" in printed and "0 with a loss" in printed
+    assert all(f"\n-- {name}: " in printed for name in ("chosen kinds.jsonl:1", "rejected kinds.jsonl:1", "kinds.jsonl:2"))
 
 
 def test_every_family_with_pictures_is_tested_here():

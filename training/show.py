@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.boxes import boxes_of, place_boxes
 from data.errors import UserError
-from data.explain import CONTROLS, Run, describe, runs
+from data.explain import CONTROLS, Run, describe, runs, sides
 from data.images import open_image
 from data.labels import Example
 from data.lengths import Lengths
@@ -82,9 +82,8 @@ def page_sections(family: Any, rows: Iterable[tuple[Record, list[Example]]]) -> 
 def card(family: Any, record: Record, examples: list[Example]) -> str:
     """One row: its pictures, then each of its conversations."""
     pictures = "".join(picture(family, record, examples[0], number) for number in range(len(record.image_sizes)))
-    sides = ("chosen", "rejected") if len(examples) > 1 else ("",)
     texts = "".join(f'<p><b>{side}</b> <span class="dim">{clean(describe(example))}</span></p>'
-                    f"{tokens(example, family.tokenizer)}" for side, example in zip(sides, examples, strict=True))
+                    f"{tokens(example, family.tokenizer)}" for side, example in zip(sides(examples), examples, strict=True))
     kind = f"{clean(record.dialect)}, a {record.kind}"
     return f'<article class="card row"><h2>{clean(record.id)}</h2><p class="dim">{kind}</p>{pictures}{texts}</article>'
 
