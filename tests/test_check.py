@@ -244,7 +244,7 @@ def test_kinds_of_row(check):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--frobnicate", "1"], "--frobnicate"), (["--max_length", "many"], "--max_length many"),
+        (["--data_pth", "1"], "the nearest is --data_path"), (["--max_length", "many"], "--max_length many"),
         (["--stage", "sftt"], "no such stage"), (["--data_path", "gone.jsonl"], "gone.jsonl"),
         (["--base_model", "gone"], "gone"), (["--image_root", "gone"], "gone"), (["--data_path", ""], "--data_path is missing"),
         (["--base_model", "mute"], "tokenizer"),
