@@ -198,12 +198,25 @@ def test_rows_are_chosen_by_number_id_or_place(place, tmp_path, monkeypatch, cap
     assert shown("--rows", "rows.jsonl:2,rows.jsonl:1") == ["rows.jsonl:2:", "rows.jsonl:1:"]
     with pytest.raises(UserError, match="--rows nobody: no good row"):
         shown("--rows", "nobody")
+    with pytest.raises(UserError, match="--rows 0"):
+        shown("--rows", "0")
     (tmp_path / "bad.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="1 of 1 rows: bad.jsonl:1"):
         flags = ["--base_model", place / "qwen2_5_vl", "--data_path", tmp_path / "bad.jsonl", "--output_dir", tmp_path]
         run(monkeypatch, "show", *flags, "--on_bad_row", "skip")
     with pytest.raises(UserError, match="--data_path is missing"):
         run(monkeypatch, "show", "--base_model", place, "--output_dir", tmp_path)
+
+
+def test_rows_that_are_too_long_are_told(place, tmp_path, monkeypatch, capsys):
+    rows = [{"messages": [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y"}]} for n in (9, 900)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--base_model", place / "qwen2_5_vl", "--data_path", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "out"]
+    run(monkeypatch, "show", *flags, "--max_length", 400)
+    said = capsys.readouterr().out
+    assert "left out: 1 of 2 rows; the first is rows.jsonl:2: takes" in said and "-- rows.jsonl:1:" in said
+    with pytest.raises(UserError, match="no row is left to show, without 2 of 2 rows; the first is rows.jsonl:1"):
+        run(monkeypatch, "show", *flags, "--max_length", 5)
 
 
 def test_a_damaged_picture_stops_the_page_or_is_left_out(place, tmp_path, monkeypatch, capsys):

@@ -46,8 +46,15 @@ def choose_rows(records: Records, lengths: Lengths, asked: str) -> list[int]:
     """Which rows are shown: so many, from the longest to the shortest, or those of these ids and places, commas between."""
     if not asked.isdecimal():
         return [find_row(records, name.strip()) for name in asked.split(",")]
+    if int(asked) == 0:
+        raise UserError("--rows 0: show one row at least")
+    if left_out := lengths.unusable + lengths.bad:
+        said = f"{len(left_out)} of {len(records)} rows; the first is {left_out[0]['where']}: {left_out[0]['problem']}"
+        if not lengths.kept:
+            raise UserError(f"{records.name}: no row is left to show, without {said}")
+        print(f"left out: {said}")
     ordered = sorted(lengths.kept, key=lengths.estimates.__getitem__, reverse=True)
-    count = min(max(int(asked), 1), len(ordered))
+    count = min(int(asked), len(ordered))
     places = [round(number * (len(ordered) - 1) / max(count - 1, 1)) for number in range(count)]
     return [ordered[place] for place in places]
 
