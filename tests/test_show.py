@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from array import array
 from html.parser import HTMLParser
@@ -177,6 +178,8 @@ def test_boxes_are_drawn_where_they_stand_in_the_picture(name, place, tmp_path, 
     assert (rect, circle, asked["class"], answered["class"]) == ("rect", "circle", "box expected", "box after")
     found = [float(asked[key]) for key in ("x", "y", "width", "height")] + [float(answered[key]) for key in ("cx", "cy")]
     assert found == pytest.approx([20, 10, 80, 40, 50, 50], abs=2)
+    words = r"1: user's box at pixels \d+, \d+, \d+, \d+; 2: assistant's point at pixels \d+, \d+\b(?!,)"
+    assert re.search(words, Page(html).text)
 
 
 def test_boxes_are_of_the_picture_before_them():

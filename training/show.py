@@ -111,8 +111,7 @@ def picture(family: Any, record: Record, example: Example, number: int) -> str:
     shapes += [draw_box(role, box, order, letters) for order, (role, box) in enumerate(found, 1)]
     seen = family.seen_size(*size)
     resized = f", seen as {seen[0]} x {seen[1]}" if tuple(seen) != tuple(size) else ""
-    places = "".join(f"; {order}: {role}'s box at pixels {', '.join(f'{place:.0f}' for place in box)}"
-                     for order, (role, box) in enumerate(found, 1))
+    places = "".join(f"; {order}: {role}'s {name_place(box)}" for order, (role, box) in enumerate(found, 1))
     text = f"picture {number + 1}: {size[0]} x {size[1]}{resized}, positions {start} to {end - 1}, {len(parts)} parts{places}"
     image = open_image(record.pictures()[number]["image"])
     return (f'<figure><div class="shot"><img src="{embed(image)}" alt="{clean(text)}"><svg viewBox="0 0 {size[0]} {size[1]}">'
@@ -154,13 +153,22 @@ def name_of(span: tuple[int, int]) -> str:
     return f"position {span[0]}" if span[0] == span[1] else f"positions {span[0]} to {span[1]}"
 
 
+def name_place(box: "Box") -> str:
+    name, numbers = ("point", box[:2]) if is_point(box) else ("box", box)
+    return f"{name} at pixels {', '.join(f'{number:.0f}' for number in numbers)}"
+
+
+def is_point(box: "Box") -> bool:
+    return box[:2] == box[2:]
+
+
 def draw_box(role: str, box: "Box", order: int, letters: float) -> str:
     """A box, or a disc for a point, with its number in the text."""
     left, top, right, bottom = box
     style = "after" if role == "assistant" else "expected"
     place = f'x="{right + letters / 4:.1f}" y="{top:.1f}" font-size="{letters:.1f}"'
     number = f'<text class="{style}-number" {place}>{order}</text>'
-    if left == right and top == bottom:
+    if is_point(box):
         shape = f'cx="{left:.1f}" cy="{top:.1f}" r="{letters / 2:.1f}"'
         return f'<circle class="box halo" {shape}/><circle class="box {style}" {shape}/>{number}'
     shape = f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}"'
