@@ -143,7 +143,7 @@ def show_rows(flags: argparse.Namespace) -> None:
             if config.on_bad_row == "stop":
                 raise
             print(f"left out: {error}")
-    print(explain_rows([example for _, examples in rows for example in examples], family.tokenizer, 4000 * len(rows)))
+    print(explain_rows([examples for _, examples in rows], family.tokenizer, 4000 * len(rows)))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "show.html"
     write_page(path, "Rows as the model gets them", page_sections(family, rows), CSS)

@@ -24,6 +24,7 @@ from data.turns import Problem, decode, parts_of, short
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 with x1 <= x2 and y1 <= y2
 FORMATS = "keep thousandths fractions pixels"  # of --box_format: what the rows' boxes count
 
+CUT = "box cut at its picture's edge"  # a note about a row
 MOST_DIGITS = 18
 
 NUMBER = r"-?\d+(?:\.\d+)?"
@@ -216,7 +217,7 @@ class BoxRule:
                     self.rewrite_arguments(call["function"]["arguments"], sizes[max(seen - 1, 0)], found)
             rewritten.append(turn)
         notes.update({f"boxes rewritten from {self.rows}": 1} if found else {})
-        notes.update({"box cut at its picture's edge": 1} if found["cut"] else {})
+        notes.update({CUT: 1} if found["cut"] else {})
         return rewritten
 
     def rewrite_text(self, text: str, size: tuple[int, int], found: Counter) -> str:

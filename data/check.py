@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.boxes import Box, place_boxes
+from data.boxes import CUT, Box, place_boxes
 from data.errors import UserError
 from data.images import DATA_URL, open_image, split_part
 from data.lengths import refuse
@@ -112,6 +112,9 @@ class Inspector:
 
     def check_boxes(self, record: Record, found: Finding) -> None:
         """Problem for the first box that lies in none of the row's pictures, whatever its numbers count."""
+        if record.notes[CUT]:
+            raise Problem(OUTSIDE, f"it reaches over the edge in {self.family.options.box_format}, as --box_format says; a run "
+                          "trains on it cut there")
         if found.counts is None:  # the model cannot take its pictures
             return
         sizes = [self.family.seen_size(*size) for size in record.image_sizes] + record.image_sizes

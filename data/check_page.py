@@ -11,6 +11,7 @@ from pathlib import Path
 from data.check import COUNTED, UNREADABLE, Survey, bounds, figures_of, histogram
 
 PROBLEMS_SHOWN, LONGEST_SHOWN, PAIRS_SHOWN, NOTES_SHOWN = 20, 3, 3, 2
+LINES = 8  # of the kinds of problem, and of one problem
 BAR, FINE = 11, 9  # letters of the longest bar; lines of a histogram up to which each is a doubling, else two
 
 
@@ -24,11 +25,25 @@ def page(survey: Survey, width: int, bad_path: Path) -> str:
         lines += ["", *table(survey)]
     if survey.bad:
         kinds = ", ".join(f"{count:,} x {kind}" for kind, count in survey.kinds.most_common())
-        lines += ["", *textwrap.wrap(kinds, width, initial_indent="problems    ", subsequent_indent=" " * 12, max_lines=3)]
-        lines += [f"  {name_row(row['where'], row['id'])}  {row['problem']}" for row in survey.bad[:PROBLEMS_SHOWN]]
+        lines += ["", *wrapped(kinds, width, "problems    ", " " * 12), *problems(survey, width)]
         more = num_bad - PROBLEMS_SHOWN
         lines.append(f"  {f'and {more:,} more; ' if more > 0 else ''}all are in {bad_path}")
     return "\n".join(cut(line, width) for line in lines)
+
+
+def problems(survey: Survey, width: int) -> Iterator[str]:
+    """The first rows with a problem, a line each; but the first of its kind is told whole, for it may say what helps."""
+    told = set()
+    for row in survey.bad[:PROBLEMS_SHOWN]:
+        kind, line = row["problem"].partition(":")[0], f"{name_row(row['where'], row['id'])}  {row['problem']}"
+        yield from [f"  {line}"] if kind in told else wrapped(line, width, "  ", " " * 6)
+        told.add(kind)
+
+
+def wrapped(text: str, width: int, first: str, rest: str) -> list[str]:
+    """Lines of at most `width` columns, up to LINES; a word with hyphens, such as a flag, stays whole."""
+    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=rest, max_lines=LINES, placeholder=" ..",
+                         break_on_hyphens=False)  # fmt: skip
 
 
 def facts(survey: Survey) -> Iterator[tuple[str, str]]:

@@ -54,15 +54,21 @@ def paint(some: Iterable[Run], colour: bool) -> str:
     return "".join(run.text.join(around.get(run.kind, ("", ""))) for run in some)
 
 
-def explain_rows(examples: list[Example], tokenizer, shown: int = SHOWN) -> str:
-    """Some rows for a terminal, each under a line about it; of long ones the end, where the answers are, so that all of
-    them take about `shown` characters. Control characters are spelled out: a row cannot move the cursor."""
+def explain_rows(rows: list[list[Example]], tokenizer, shown: int = SHOWN) -> str:
+    """Some rows for a terminal, each conversation under a line about it; of long ones the end, where the answers are, so that
+    all of them take about `shown` characters. Control characters are spelled out: a row cannot move the cursor."""
+    examples = [pair for row in rows for pair in zip(sides(row), row, strict=True)]
     colour, each = sys.stdout.isatty(), shown // max(len(examples), 1)
     lines = [f"rows as the model sees them, supervised tokens {'green' if colour else 'in [[ ]]'}:"]
-    for example in examples:
-        lines.append(f"-- {describe(example)}")
+    for side, example in examples:
+        lines.append(" ".join(filter(None, ("--", side, describe(example)))))
         lines.append(paint(last(runs(example, tokenizer), each), colour))
     return "\n".join(lines)
+
+
+def sides(row: list[Example]) -> tuple[str, ...]:
+    """What each conversation of a row is: a preference has two."""
+    return ("chosen", "rejected") if len(row) == 2 else ("",) * len(row)
 
 
 def describe(example: Example) -> str:

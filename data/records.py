@@ -12,7 +12,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from itertools import accumulate
 from operator import iadd
@@ -52,6 +52,7 @@ class Record:
     image_sizes: list[tuple[int, int]]  # (width, height) of each picture, in order
     rejected: list[dict] | None = None
     truth: dict | None = None
+    notes: Counter[str] = field(default_factory=Counter)  # what was changed or is worth saying about it
 
     @property
     def kind(self) -> str:
@@ -121,9 +122,9 @@ class Part:
 
     def check(self, number: int, start: int, size: int, raw: object) -> None:
         """Take a row in, or write down why not."""
-        where, notes = f"{self.source.name}:{number}", Counter()
+        where = f"{self.source.name}:{number}"
         try:
-            record = self.record(raw, where, notes)
+            record = self.record(raw, where)
         except Problem as problem:
             self.bad.append({"where": where, "id": problem.row_id or where, "problem": str(problem)})
             self.bad_places.append((number, start, size))
@@ -141,7 +142,7 @@ class Part:
         names = (part["image"] for part in record.pictures() if isinstance(part["image"], str))
         self.pictures.update(split_part(name)[0] for name in names if not DATA_URL.match(name))
         self.dialects[record.dialect] += 1
-        self.notes.update(notes)
+        self.notes.update(record.notes)
 
     def read(self, index: int) -> Record:
         """Row `index` of the good ones."""
@@ -151,7 +152,7 @@ class Part:
             raw = self.source.read(number, self.starts[index], self.sizes[index])
             if sum_of(raw) != self.sums[index]:  # a good row too would be one in the place of another
                 raise Problem("its text was changed")
-            return self.record(raw, where, Counter())
+            return self.record(raw, where)
         except (Problem, OSError, UserError) as problem:
             error = UserError(f"{where}: it was good when the run began and is not now: {problem}")
             error.where = error.id = where
@@ -163,20 +164,20 @@ class Part:
         facts = {"file": str(self.source.path), "rows": len(self.numbers) + len(self.bad)}
         return facts | {"sha256": self.sha256, "weight": self.source.weight}
 
-    def record(self, raw: object, where: str, notes: Counter) -> Record:
+    def record(self, raw: object, where: str) -> Record:
         """What a source gave for a row as a conversation. Raises Problem."""
         row = self.source.parse(raw)
         if not isinstance(row, dict):
             raise Problem("a row is not an object", short(row))
         ids = (row[key] for key in ID_KEYS if isinstance(row.get(key), str | int) and row[key] != "")
-        row_id = str(next(ids, where))
+        row_id, notes = str(next(ids, where)), Counter()
         try:
             found = read_row(row, notes, self.template, lambda image: self._find({"image": image}))
             tools = found.tools or None
-            record = Record(row_id, where, found.messages, tools, found.dialect, [], found.rejected, found.truth)
+            record = Record(row_id, where, found.messages, tools, found.dialect, [], found.rejected, found.truth, notes)
             record.image_sizes = [self._find(part) for part in record.pictures()]
-            self._rewrite_boxes(record, notes)
-            self._check_kind(record, notes)
+            self._rewrite_boxes(record)
+            self._check_kind(record)
             if "preference" not in self.takes:
                 record.rejected = None
             return record
@@ -184,18 +185,20 @@ class Part:
             problem.row_id = row_id
             raise
 
-    def _rewrite_boxes(self, record: Record, notes: Counter) -> None:
+    def _rewrite_boxes(self, record: Record) -> None:
         """What --box_format asks for: boxes in the family's own convention, in every text and truth of the record."""
         try:
-            record.messages = self.boxes.rewrite(record.messages, record.image_sizes, notes)
+            record.messages = self.boxes.rewrite(record.messages, record.image_sizes, record.notes)
             record.truth = self.boxes.rewrite_truth(record.truth, record.image_sizes)
             if record.rejected is not None:
-                last = self.boxes.rewrite(record.rejected, record.image_sizes, Counter())[-1]
+                also = Counter()
+                last = self.boxes.rewrite(record.rejected, record.image_sizes, also)[-1]
                 record.rejected = [*record.messages[:-1], last]
+                record.notes |= also  # the prompt's boxes are in both
         except UserError as error:  # a picture of a shape that the family cannot resize
             raise Problem("the model cannot take it", str(error)) from None
 
-    def _check_kind(self, record: Record, notes: Counter) -> None:
+    def _check_kind(self, record: Record) -> None:
         """Problem for a kind of row that is not taken; where conversations are, a preference becomes its chosen side, and
         where problems are, its prompt, with the chosen answer for a reward that compares."""
         if record.kind in self.takes:
@@ -204,13 +207,13 @@ class Part:
             answer = record.messages[-1]["content"]
             record.messages, record.rejected = record.messages[:-1], None
             record.truth = {"answer": "".join(part.get("text", "") for part in parts_of(answer))}
-            notes["preference read as its prompt"] += 1
+            record.notes["preference read as its prompt"] += 1
             return
         if record.kind != "preference" or "conversation" not in self.takes:
             wanted = " or ".join(KINDS[name] for name in self.takes)
             raise Problem(f"the row is {KINDS[record.kind]}", f"the stage takes {wanted}")
         record.rejected = None
-        notes["preference read as its chosen answer alone"] += 1
+        record.notes["preference read as its chosen answer alone"] += 1
 
     def _find(self, part: dict) -> tuple[int, int]:
         """Make the path of an image part absolute; (width, height) of its picture."""

@@ -129,9 +129,32 @@ def open_parquet(path: Path) -> Table:
 
 def open_hub(name: str, config: str | None, split: str | None) -> Table:
     """A split (train, if none is named) of a data set of the hub. UserError for one that cannot be had."""
-    refusal = (f"{name} is no file or folder here, and as a data set of the hub it cannot be had ({{}}); look for its name, "
-               "and for a private one set HF_TOKEN")
-    return Arrow(load(refusal, name, split or "train", name=config), ":".join(filter(None, [name, config, split])))
+    import datasets
+
+    offline, silence = datasets.config.HF_HUB_OFFLINE, "" if datasets.config.HF_HUB_OFFLINE else silence_of_hub(name)
+    reason = f"the hub does not answer, {silence}, and the library's cache does not hold it" if silence else "{}"
+    refusal = (f"{name} is no file or folder here, and as a data set of the hub it cannot be had ({reason}); look for its "
+               "name, and for a private one set HF_TOKEN")
+    datasets.config.HF_HUB_OFFLINE = offline or bool(silence)  # then the library takes what it has at once
+    try:
+        found = load(refusal, name, split or "train", name=config)
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+    return Arrow(found, ":".join(filter(None, [name, config, split])))
+
+
+def silence_of_hub(name: str) -> str:
+    """Why the hub cannot be asked for a data set, "" where it answers: one request, where the library would make six."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except HfHubHTTPError:
+        return ""  # it has answered, and the library will say what
+    except Exception as error:  # of the network, in types that change with the library's version
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
 
 
 def load(refusal: str, path: str, split: str, **more) -> "datasets.Dataset":

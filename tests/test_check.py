@@ -159,10 +159,11 @@ def test_pictures_inside_a_table(check, world):
 
 
 def test_boxes_that_are_rewritten(check):
-    rows = [picture(answer=f"<box>{box}</box>") for box in ("900 900 1000 1010", "1200 20 1430 40")]
-    _, bad, summary = check(rows, "--box_format", "thousandths")
-    assert list(bad) == [2] and "as --box_format says" in bad[2]
-    assert summary["notes"]["box cut at its picture's edge"] == 1
+    boxes = ("900 900 1000 1000", "900 900 1000 1010", "1200 20 1430 40")  # the second is trained on, cut
+    _, bad, summary = check([picture(answer=f"<box>{box}</box>") for box in boxes], "--box_format", "thousandths")
+    assert list(bad) == [2, 3] and "over the edge in thousandths" in bad[2] and "as --box_format says" in bad[3]
+    assert summary["notes"] == {"boxes rewritten from thousandths": 2, "box cut at its picture's edge": 1}
+    assert summary["problems"] == {"a box lies outside its picture": 2}
 
 
 def test_the_boxes_of_calls_are_looked_at(check):
@@ -184,6 +185,13 @@ def test_more_problems_than_fit_on_the_page(check, world):
     assert len(bad) == 50 and page.count("\n  rows.jsonl:") == 20 and "and 30 more; all are in" in page
     assert len(page.splitlines()) < 40
     assert max(map(len, page.splitlines())) <= 160
+
+
+def test_a_narrow_terminal_shows_what_helps(check, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    page, _, _ = check([TOOL_ROW, TOOL_ROW, picture("none.png")])
+    assert max(map(len, page.splitlines())) <= 80 and page.count("\n  rows.jsonl:") == 3
+    assert page.count("pass --tool_template qwen") == 1 and "--image_root, now" in page
 
 
 def test_what_a_row_says_cannot_break_the_page(check):
@@ -241,7 +249,7 @@ def test_kinds_of_row(check):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--frobnicate", "1"], "--frobnicate"), (["--max_length", "many"], "--max_length many"),
+        (["--data_pth", "1"], "the nearest is --data_path"), (["--max_length", "many"], "--max_length many"),
         (["--stage", "sftt"], "no such stage"), (["--data_path", "gone.jsonl"], "gone.jsonl"),
         (["--base_model", "gone"], "gone"), (["--image_root", "gone"], "gone"), (["--data_path", ""], "--data_path is missing"),
         (["--base_model", "mute"], "tokenizer"),

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from array import array
 from html.parser import HTMLParser
@@ -147,7 +148,7 @@ def test_every_token_is_shown_once_by_its_label(name, place):
 def test_the_terminal_shows_the_end_of_long_rows_and_obeys_no_control_character(place):
     family = find_family(place / "qwen2_5_vl")
     example = family.encode([{"role": "user", "content": "x" * 900 + HOSTILE}, {"role": "assistant", "content": "the answer"}])
-    text = explain_rows([example, example], family.tokenizer, 400)
+    text = explain_rows([[example], [example]], family.tokenizer, 400)
     assert text.count("[[the answer") == 2 and len(text) < 400 + 300
     assert not any(ord(character) < 32 and character != "\n" for character in text) and "\u202e" not in text
 
@@ -177,6 +178,8 @@ def test_boxes_are_drawn_where_they_stand_in_the_picture(name, place, tmp_path, 
     assert (rect, circle, asked["class"], answered["class"]) == ("rect", "circle", "box expected", "box after")
     found = [float(asked[key]) for key in ("x", "y", "width", "height")] + [float(answered[key]) for key in ("cx", "cy")]
     assert found == pytest.approx([20, 10, 80, 40, 50, 50], abs=2)
+    words = r"1: user's box at pixels \d+, \d+, \d+, \d+; 2: assistant's point at pixels \d+, \d+\b(?!,)"
+    assert re.search(words, Page(html).text)
 
 
 def test_boxes_are_of_the_picture_before_them():
@@ -198,12 +201,25 @@ def test_rows_are_chosen_by_number_id_or_place(place, tmp_path, monkeypatch, cap
     assert shown("--rows", "rows.jsonl:2,rows.jsonl:1") == ["rows.jsonl:2:", "rows.jsonl:1:"]
     with pytest.raises(UserError, match="--rows nobody: no good row"):
         shown("--rows", "nobody")
+    with pytest.raises(UserError, match="--rows 0"):
+        shown("--rows", "0")
     (tmp_path / "bad.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="1 of 1 rows: bad.jsonl:1"):
         flags = ["--base_model", place / "qwen2_5_vl", "--data_path", tmp_path / "bad.jsonl", "--output_dir", tmp_path]
         run(monkeypatch, "show", *flags, "--on_bad_row", "skip")
     with pytest.raises(UserError, match="--data_path is missing"):
         run(monkeypatch, "show", "--base_model", place, "--output_dir", tmp_path)
+
+
+def test_rows_that_are_too_long_are_told(place, tmp_path, monkeypatch, capsys):
+    rows = [{"messages": [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y"}]} for n in (9, 900)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--base_model", place / "qwen2_5_vl", "--data_path", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "out"]
+    run(monkeypatch, "show", *flags, "--max_length", 400)
+    said = capsys.readouterr().out
+    assert "left out: 1 of 2 rows; the first is rows.jsonl:2: takes" in said and "-- rows.jsonl:1:" in said
+    with pytest.raises(UserError, match="no row is left to show, without 2 of 2 rows; the first is rows.jsonl:1"):
+        run(monkeypatch, "show", *flags, "--max_length", 5)
 
 
 def test_a_damaged_picture_stops_the_page_or_is_left_out(place, tmp_path, monkeypatch, capsys):
@@ -231,6 +247,7 @@ def test_both_sides_of_a_preference_and_the_prompt_of_a_problem_are_shown(place,
     assert "<b>chosen</b>" in html and "<b>rejected</b>" in html and "a problem" in html
     printed = capsys.readouterr().out
     assert "[[two" in printed and "[[three" in printed and "0 with a loss" in printed
+    assert all(f"\n-- {name}: " in printed for name in ("chosen kinds.jsonl:1", "rejected kinds.jsonl:1", "kinds.jsonl:2"))
 
 
 def test_every_family_with_pictures_is_tested_here():

@@ -681,7 +681,7 @@ def test_eval(refused, world, tmp_path):
     good = {"--model": world / "base", "--data_path": world / "rows.jsonl", "--task": "text", "--output_dir": tmp_path / "out"}
     (tmp_path / "file").touch()
     for change, words in (
-        ({"--frobnicate": 3}, ["--frobnicate"]),
+        ({"--data_pth": 3}, ["--data_pth", "the nearest is --data_path"]),
         ({"--model": tmp_path / "none"}, ["none", "no such"]),
         ({"--model": world / "rows.jsonl"}, ["rows.jsonl", "no such"]),
         ({"--model": tmp_path}, ["config.json"]),
@@ -748,6 +748,7 @@ def test_model_commands(refused, world, tmp_path):
         ([], ["command"]),
         (["inspekt", "x"], ["inspekt"]),
         (["inspect"], ["DIR"]),
+        (["tiny", "qwen2", "x", "--tokeniser=y"], ["model tiny; the nearest is --tokenizer"]),
         (["inspect", tmp_path / "none"], ["no such"]),
         (["inspect", tmp_path], ["config.json"]),
         (["inspect", world / "run/adapter"], ["config.json"]),

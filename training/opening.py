@@ -35,7 +35,7 @@ def rehearse_run(run: Any) -> Forecast:
     expected = run.plan.forecast(tokens, seconds, run.last)
     print(f"forecast, with packed rows of {tokens} positions:\n{expected.text()}")
     shown = [examples[-1], *rows.usable(list(Encoded(rows.train, run.stage.encode, rows.lengths.typical())))]
-    print(explain_rows([s for row in shown for s in run.stage.sequences(row)], run.family.tokenizer))
+    print(explain_rows(list(map(run.stage.sequences, shown)), run.family.tokenizer))
     return expected
 
 

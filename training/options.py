@@ -7,6 +7,7 @@ This file knows how settings are read and none of their names: those are in conf
 
 import argparse
 import dataclasses
+import difflib
 import math
 import sys
 import types
@@ -100,8 +101,31 @@ def convert_number(text: str, kind: type, field: dataclasses.Field, wrong: UserE
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse for its help and its splitting; what it finds wrong becomes our one sentence, and --batch-size is read as
-    --batch_size."""
+    """argparse for its help and its splitting; what it finds wrong becomes our one sentence, which names the flag nearest to
+    one that there is not, and --batch-size is read as --batch_size."""
+
+    commands = None  # what add_subparsers() made
+
+    def add_subparsers(self, **more):
+        self.commands = super().add_subparsers(**more)
+        return self.commands
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        found, unknown = self.parse_known_args(args, namespace)
+        if flag := next((word.partition("=")[0] for word in unknown if word.startswith("--")), None):
+            door = self.door(args)
+            names = [name for name in door._option_string_actions if name not in ("-h", "--help")] or ["--help"]
+            nearest = difflib.get_close_matches(flag, names, n=1, cutoff=0)[0]
+            raise UserError(f"{flag} is no flag of {door.prog}; the nearest is {nearest}, and --help lists all")
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found
+
+    def door(self, args: list[str]) -> "Parser":
+        """The parser of the command that the arguments name, of a command of it, and so on."""
+        choices = self.commands.choices if self.commands else {}
+        return next((choices[word].door(args) for word in args if word in choices), self)
 
     def parse_known_args(self, args=None, namespace=None):
         return super().parse_known_args(list(map(with_underscores, sys.argv[1:] if args is None else args)), namespace)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.boxes import boxes_of, place_boxes
 from data.errors import UserError
-from data.explain import CONTROLS, Run, describe, runs
+from data.explain import CONTROLS, Run, describe, runs, sides
 from data.images import open_image
 from data.labels import Example
 from data.lengths import Lengths
@@ -46,8 +46,15 @@ def choose_rows(records: Records, lengths: Lengths, asked: str) -> list[int]:
     """Which rows are shown: so many, from the longest to the shortest, or those of these ids and places, commas between."""
     if not asked.isdecimal():
         return [find_row(records, name.strip()) for name in asked.split(",")]
+    if int(asked) == 0:
+        raise UserError("--rows 0: show one row at least")
+    if left_out := lengths.unusable + lengths.bad:
+        said = f"{len(left_out)} of {len(records)} rows; the first is {left_out[0]['where']}: {left_out[0]['problem']}"
+        if not lengths.kept:
+            raise UserError(f"{records.name}: no row is left to show, without {said}")
+        print(f"left out: {said}")
     ordered = sorted(lengths.kept, key=lengths.estimates.__getitem__, reverse=True)
-    count = min(max(int(asked), 1), len(ordered))
+    count = min(int(asked), len(ordered))
     places = [round(number * (len(ordered) - 1) / max(count - 1, 1)) for number in range(count)]
     return [ordered[place] for place in places]
 
@@ -82,9 +89,8 @@ def page_sections(family: Any, rows: Iterable[tuple[Record, list[Example]]]) -> 
 def card(family: Any, record: Record, examples: list[Example]) -> str:
     """One row: its pictures, then each of its conversations."""
     pictures = "".join(picture(family, record, examples[0], number) for number in range(len(record.image_sizes)))
-    sides = ("chosen", "rejected") if len(examples) > 1 else ("",)
     texts = "".join(f'<p><b>{side}</b> <span class="dim">{clean(describe(example))}</span></p>'
-                    f"{tokens(example, family.tokenizer)}" for side, example in zip(sides, examples, strict=True))
+                    f"{tokens(example, family.tokenizer)}" for side, example in zip(sides(examples), examples, strict=True))
     kind = f"{clean(record.dialect)}, a {record.kind}"
     return f'<article class="card row"><h2>{clean(record.id)}</h2><p class="dim">{kind}</p>{pictures}{texts}</article>'
 
@@ -105,8 +111,7 @@ def picture(family: Any, record: Record, example: Example, number: int) -> str:
     shapes += [draw_box(role, box, order, letters) for order, (role, box) in enumerate(found, 1)]
     seen = family.seen_size(*size)
     resized = f", seen as {seen[0]} x {seen[1]}" if tuple(seen) != tuple(size) else ""
-    places = "".join(f"; {order}: {role}'s box at pixels {', '.join(f'{place:.0f}' for place in box)}"
-                     for order, (role, box) in enumerate(found, 1))
+    places = "".join(f"; {order}: {role}'s {name_place(box)}" for order, (role, box) in enumerate(found, 1))
     text = f"picture {number + 1}: {size[0]} x {size[1]}{resized}, positions {start} to {end - 1}, {len(parts)} parts{places}"
     image = open_image(record.pictures()[number]["image"])
     return (f'<figure><div class="shot"><img src="{embed(image)}" alt="{clean(text)}"><svg viewBox="0 0 {size[0]} {size[1]}">'
@@ -148,13 +153,22 @@ def name_of(span: tuple[int, int]) -> str:
     return f"position {span[0]}" if span[0] == span[1] else f"positions {span[0]} to {span[1]}"
 
 
+def name_place(box: "Box") -> str:
+    name, numbers = ("point", box[:2]) if is_point(box) else ("box", box)
+    return f"{name} at pixels {', '.join(f'{number:.0f}' for number in numbers)}"
+
+
+def is_point(box: "Box") -> bool:
+    return box[:2] == box[2:]
+
+
 def draw_box(role: str, box: "Box", order: int, letters: float) -> str:
     """A box, or a disc for a point, with its number in the text."""
     left, top, right, bottom = box
     style = "after" if role == "assistant" else "expected"
     place = f'x="{right + letters / 4:.1f}" y="{top:.1f}" font-size="{letters:.1f}"'
     number = f'<text class="{style}-number" {place}>{order}</text>'
-    if left == right and top == bottom:
+    if is_point(box):
         shape = f'cx="{left:.1f}" cy="{top:.1f}" r="{letters / 2:.1f}"'
         return f'<circle class="box halo" {shape}/><circle class="box {style}" {shape}/>{number}'
     shape = f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}"'
