@@ -18,8 +18,14 @@ from pathlib import Path
 
 from data import demo
 from data.errors import UserError, command
+from data.sources import sha256_of
 from stages import list_stages
+from training import guards, memory
 from training.config import Config, read_config, to_yaml, trajectory
+from training.journal import Journal, now
+from training.waiting import Waiting
+
+# What imports torch or transformers is imported where it is used, so that --help answers at once.
 
 
 def main() -> int:
@@ -29,8 +35,6 @@ def main() -> int:
     if config.print_config:
         print(to_yaml(config), end="")
         return 0
-    from training.guards import open_folder
-
     stage = modules[config.stage].Stage
     if config.replay_step:
         from training.replay import find_weights, replay
@@ -38,7 +42,7 @@ def main() -> int:
         return replay(Run(config, stage, find_weights(config)))
     if config.demo and config.resume == "no":
         config.output_dir = demo.unused(config.output_dir)
-    lock = open_folder(config.output_dir)
+    lock = guards.open_folder(config.output_dir)
     try:
         from training.checkpoint import find_resume
 
@@ -54,12 +58,11 @@ class Run:
         """found: the checkpoint to go on from."""
         from data.batches import Batches, Encoded
         from data.rows import open_rows
-        from data.sources import sha256_of
         from eval.examiner import check_names
         from lora import adapter, files
         from model import load_model, options_of
         from model.checkpointing import checkpoint_blocks
-        from training import memory, optim, precision, rehearsal
+        from training import optim, precision, rehearsal
         from training.state import State, seed_random
 
         # the machine, and where the run stands
@@ -74,13 +77,13 @@ class Run:
             demo.prepare(config)
         seed_random(config.seed)
 
-        # the model, and what of it is trained
+        # the model, and which of its parameters are trained
         quant = "8bit" if config.use_8bit else "4bit" if config.use_4bit else None
-        kinds = self.precision
-        storage = kinds.frozen if config.use_lora else kinds.full_8bit if "8bit" in config.optim else kinds.full
-        if config.image_cache:
+        full = self.precision.full_8bit if "8bit" in config.optim else self.precision.full
+        dtype = self.precision.frozen if config.use_lora else full
+        if config.image_cache:  # now, because a worker that cannot write there goes on without a word
             Path(config.image_cache).mkdir(parents=True, exist_ok=True)
-        self.model, self.family = load_model(config.base_model, quant, storage, self.device, options_of(vars(config)))
+        self.model, self.family = load_model(config.base_model, quant, dtype, self.device, options_of(vars(config)))
         self.adapter_settings = adapter.Settings.from_config(config)
         self.trainable = adapter.attach(self.model, self.family, self.adapter_settings)
         if config.adapter:
@@ -120,8 +123,6 @@ class Run:
         last checkpoint or the last lines of the journal could not be saved."""
         from eval.examiner import Examiner
         from training import opening
-        from training.guards import Stop
-        from training.journal import Journal, now
 
         if not self.found:
             expected = opening.rehearse_run(self)
@@ -139,7 +140,7 @@ class Run:
         if not self.found:
             opening.write(self, expected)
             examiner.examine(0, "before")
-        stop = Stop()
+        stop = guards.Stop()
         try:
             self.loop(stop, examiner)
         except UserError:  # a bad row, no memory, a worker that died: what was learnt until then is not lost
@@ -166,8 +167,7 @@ class Run:
         """Optimizer steps until the last one, or until a signal asks to stop."""
         import torch
 
-        from training import guards, memory, optim
-        from training.waiting import Waiting
+        from training import optim
 
         config, state, per_epoch = self.config, self.state, self.batches.steps_per_epoch
         waiting = Waiting(config.num_workers)
@@ -209,7 +209,6 @@ class Run:
     def forward_backward(self, examples: list, total: float) -> tuple[float, dict[str, float]]:
         """Gradients of the step's loss, and its value. Out of memory anywhere drops all gradients, restores the random
         state and redoes the whole step in rows of half the size: the cut into rows cannot change the gradient."""
-        from training.guards import is_out_of_memory
         from training.state import capture_random, restore_random
 
         random = capture_random()
@@ -217,7 +216,7 @@ class Run:
             try:
                 return self.accumulate(examples, total)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not guards.is_out_of_memory(error):
                     raise
             self.optimizer.zero_grad(set_to_none=True)
             restore_random(random)
