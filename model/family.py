@@ -1,8 +1,8 @@
-"""What a model family has to say for itself, and the one network class that training, evaluation and merging use.
+"""Family, the interface of a model family, and Model, the one network class that training, evaluation and merging use.
 
-A family is one file in model/families/ with one subclass of Family. Everything outside asks only what is defined here,
-so a sixth model is one new file. Inside, everything runs packed: one row of T tokens holds several examples end to end,
-the boundaries are explicit, and there is no padding anywhere.
+A family is one file in model/families/ with one subclass of Family. The rest of the project uses only what is defined
+here, so a new model is one new file. Inside, everything runs packed: one row of T tokens holds several examples end to
+end, the boundaries are explicit, and there is no padding anywhere.
 """
 
 import importlib
@@ -183,19 +183,20 @@ class Family:
         return text, sum(self.picture_positions(width, height) for width, height in image_sizes)
 
     def outline(self, messages: list[dict], tools: list | None, image_sizes: list[tuple[int, int]]) -> tuple[int, int, int]:
-        """(text, picture, supervised) positions of a conversation, pictures not opened. UserError where encode() has one
-        that no pixel decides."""
+        """(text, picture, supervised) positions of a conversation, pictures not opened. Raises the UserErrors of encode()
+        that do not depend on pixels."""
         pieces = expand_pictures(self.render(messages, tools), self.image_token_id, [0] * len(image_sizes))
-        check_ids(max((max(ids, default=0) for ids, _ in pieces), default=0), self.text_config["vocab_size"], self.folder)
-        num_pictures = sum(self.picture_positions(width, height) for width, height in image_sizes)
-        return sum(len(ids) for ids, _ in pieces), num_pictures, sum(len(ids) for ids, trained in pieces if trained)
+        check_ids(max((i for ids, _ in pieces for i in ids), default=0), self.text_config["vocab_size"], self.folder)
+        text = sum(len(ids) for ids, _ in pieces)
+        supervised = sum(len(ids) for ids, trained in pieces if trained)
+        return text, sum(self.picture_positions(width, height) for width, height in image_sizes), supervised
 
     # ---- examples ---------------------------------------------------------------------------------------------------
 
     def encode(
         self, messages: list[dict], tools: list | None = None, max_length: int | None = None, *, id: str = "", where: str = ""
     ) -> Example:
-        """A conversation as ids, labels, pixels and positions (contract 4 of the README's Python section).
+        """A conversation as ids, labels, pixels and positions.
 
         Raises UserError, with the row's place in front, for a conversation that the template cannot render, for marks
         and pictures that do not agree, and for a row longer than max_length positions (rows are never cut).
@@ -241,18 +242,14 @@ class Family:
         return [model.logits([example])[0] for example in examples]
 
     def answer_text(self, text: str) -> str:
-        """What of a generated text is the message's content: all of it, unless a template opens answers itself."""
+        """The message's content in a generated text: all of it, unless the template itself writes an answer's first words."""
         return text
 
     def answer_start(self, example: Example) -> int:
         """Where the last trained answer begins (the end, where there is none): the number of ids that generation feeds."""
-        trained = (example.labels != NO_LOSS).tolist()
-        if not any(trained):
-            return len(trained)
-        place = len(trained) - trained[::-1].index(True)
-        while place > 0 and trained[place - 1]:
-            place -= 1
-        return place
+        trained = (example.labels != NO_LOSS).int()  # (T,)
+        starts = (trained.diff(prepend=trained.new_zeros(1)) == 1).nonzero()
+        return int(starts[-1]) if len(starts) else len(trained)
 
     def prompt_of(self, example: Example) -> Example:
         """An example up to its last trained answer, pictures included."""
