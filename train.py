@@ -95,8 +95,7 @@ class Run:
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
         # the rows, and the steps they make
-        max_length = None if config.max_length == "auto" else config.max_length
-        self.stage = stage_class(config.stage_options, self.model, max_length)
+        self.stage = stage_class(config.stage_options, self.model, config.length_limit)
         self.rows = open_rows(config, self.family, self.folder, bool(found or config.replay_step), self.stage.takes)
         dataset = Encoded(self.rows.train, self.stage.encode, self.rows.lengths.kept)
         self.batches = Batches(dataset, config.batch_size * config.grad_accum, config.seed, config.num_workers)

@@ -153,8 +153,7 @@ def counter(family: Any) -> Callable[[Record], list[tuple[int, int]]]:
 
 def measure_rows(records: Records, config: Any, family: Any) -> Lengths:
     """Lengths of a file's rows under this run's limits."""
-    limit = None if config.max_length == "auto" else config.max_length
-    return measure(records, counter(family), family.picture_positions, limit, config.max_text_length)
+    return measure(records, counter(family), family.picture_positions, config.length_limit, config.max_text_length)
 
 
 def refuse_rows(rows: Rows, records: Records, lengths: Lengths, config: Any, family: Any) -> None:
