@@ -8,6 +8,7 @@ unpickling runs code. Costs one tensor of memory, 0.6-1.2 s of sha256 a GiB, and
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -59,9 +60,11 @@ def commit(
     return None
 
 
-def newest_whole(folder: str | Path) -> Path | None:
-    """The newest checkpoint of an output folder whose every byte is as written, None if there is none."""
+def newest_whole(folder: str | Path, before: float = math.inf) -> Path | None:
+    """The newest checkpoint of a step below `before` whose every byte is as written, None if there is none."""
     for path in _candidates(folder):
+        if _step(path) >= before:
+            continue
         problem = find_problem(path)
         if problem is None:
             return path
