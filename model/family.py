@@ -63,17 +63,17 @@ class Family:
     def tiny_files(cls) -> dict[str, dict]:
         """To define: the JSON files of a tiny checkpoint in the hub's original form, config.json with it. Its keys
         ..._token_id (those of text_config too) hold the token's text; model/tiny.py puts the ids there, and vocab_size."""
-        raise NotImplementedError(f"family {cls.name} has no tiny form")
+        raise NotImplementedError
 
     # ---- network ----------------------------------------------------------------------------------------------------
 
     def build(self) -> nn.Module:
         """To define: the network with transformers' module names; called on the meta device."""
-        raise NotImplementedError(f"family {self.name} does not build a network")
+        raise NotImplementedError
 
     def decoder(self, net: nn.Module) -> nn.Module:
         """To define: the language model without its head (takes inputs_embeds, position_ids, lengths)."""
-        raise NotImplementedError(f"family {self.name} names no decoder")
+        raise NotImplementedError
 
     def embed(self, net: nn.Module, packed: Packed) -> torch.Tensor:
         """Input embeddings of a packed row, pictures in their places: (T, D), or wider by what the decoder itself splits
@@ -132,12 +132,12 @@ class Family:
 
     def render(self, messages: list[dict], tools: list | None) -> list[tuple[list[int], bool]]:
         """To define: (ids, trained) pieces of a conversation, one placeholder id for each picture."""
-        raise NotImplementedError(f"family {self.name} renders no conversation")
+        raise NotImplementedError
 
     @property
     def stop_ids(self) -> list[int]:
         """To define: ids that end an answer."""
-        raise NotImplementedError(f"family {self.name} names no stop ids")
+        raise NotImplementedError
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
 
