@@ -55,7 +55,7 @@ class Run:
     """One training run: everything it consists of, built in the order of __init__."""
 
     def __init__(self, config: Config, stage_class: type, found: Path | None = None):
-        """found: the checkpoint to go on from."""
+        """found: the checkpoint to resume from; None for a fresh run."""
         from data.batches import Batches, Encoded
         from data.rows import open_rows
         from eval.examiner import check_names
@@ -125,7 +125,7 @@ class Run:
 
         if not self.found:
             expected = opening.rehearse_run(self)
-        self.stage.prepare(self)  # the weights are still those of the start
+        self.stage.prepare(self)  # before a resume brings trained weights: DPO measures its reference here
         if self.found:
             self.resume(self.found)
             if self.state.step >= self.last and self.target.exists():
@@ -142,8 +142,8 @@ class Run:
         stop = guards.Stop()
         try:
             self.loop(stop, examiner)
-        except UserError:  # a bad row, no memory, a worker that died: what was learnt until then is not lost
-            if not stop.requested:  # else a signal to every process took a worker first, and this is the stop asked for
+        except UserError:  # a bad row, no memory, a dead worker: what was learnt until then is saved
+            if not stop.requested:  # else the stop signal went to all processes and ended a worker first
                 if self.state.step:
                     self.commit()
                 self.journal.close()
@@ -178,7 +178,7 @@ class Run:
             rate = self.rate * optim.schedule(config.lr_schedule, state.step, config.warmup_steps, self.last)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            for examples in self.stage.collect(self, rows):  # the rows, for one update; RLOO: answers sampled to them
+            for examples in self.stage.collect(self, rows):  # the rows, once; RLOO: sampled answers, once for each update
                 total = self.stage.denominator(examples)  # 2 what the loss is divided by, before any forward
                 loss, figures = self.forward_backward(examples, total)  # 3 packed rows; every loss is a sum / total
                 overflowed = state.scaler.unscale(self.trained.values())
@@ -236,7 +236,7 @@ class Run:
             with self.precision.autocast():
                 loss, more = self.stage.loss(self.model, row.to(self.device), total)
             (loss * self.state.scaler.scale).backward()
-            loss_sum += loss.detach()  # one wait for the card a step, not one a row
+            loss_sum += loss.detach()  # .item() waits for the card: once a step, not once a row
             figures = {name: figures.get(name, 0.0) + value for name, value in more.items()}
         return loss_sum.item(), {name: float(value) for name, value in figures.items()}
 
@@ -320,7 +320,7 @@ class Run:
 
 
 def due(every: int | str, step: int, steps_per_epoch: int) -> bool:
-    """Whether what happens every N steps, every "epoch" or "no" time happens after this step."""
+    """Whether something done every N steps, every "epoch" or never ("no") is due after this step."""
     return every != "no" and step % (steps_per_epoch if every == "epoch" else every) == 0
 
 

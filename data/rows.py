@@ -26,7 +26,8 @@ from data.template import make_template
 
 @dataclass
 class Rows:
-    """`train` and the rows of it that an epoch sees (lengths.kept, by weight); each evaluation set's rows by its name."""
+    """The training records, of which an epoch sees lengths.kept (repeated by weight), and the evaluation sets by name, each
+    as (records, row numbers)."""
 
     train: Records
     lengths: Lengths
@@ -52,7 +53,7 @@ class Rows:
 
     @property
     def sha256(self) -> str:
-        """Of all that is trained on and its weights: a resumed run must read the same rows."""
+        """Hash of the training files and their weights: a resumed run must read the same rows."""
         found = [[file["sha256"], file["weight"]] for file in self.files[: len(self.train.parts)]]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 

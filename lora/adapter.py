@@ -1,4 +1,4 @@
-"""What of a model is trained: LoRA layers, a prefix, or its own weights by part; and the base behind them.
+"""Which parameters of a model are trained: LoRA layers, a prefix, or its own weights by part; and the base without them.
 
 LoRA layers are peft's, put into the network in place, so the network keeps its names and peft can open what is saved.
 peft matches target names by their ends, which would reach a vision tower's gate_proj along with the language model's;
@@ -76,7 +76,7 @@ class Prefix(nn.Module):
 
 
 def attach(model: Model, family: Family, settings: Settings) -> list[Row]:
-    """Make of the model what settings say, with requires_grad on exactly what is trained; returns trainable_table().
+    """Attach what settings ask for, and set requires_grad on exactly what is trained; returns trainable_table().
 
     Raises UserError for a target or part that matches nothing, and for DoRA on an 8-bit base.
     """
