@@ -18,7 +18,7 @@ from torch import nn
 
 from data.errors import UserError
 from model.family import Family, Model
-from model.quantize import dequantize, is_quantized, quiet_import
+from model.quantize import dequantize, is_quantized
 
 ADAPTER = "default"  # peft's name of an only adapter
 Row = tuple[str, int, int]  # part, trainable parameters, all parameters
@@ -170,8 +170,7 @@ def leaf_names(names: list[str]) -> list[str]:
 
 def inject(model: Model, settings: Settings, names: list[str]) -> None:
     """Freeze the base and put peft's LoRA layers around the named modules, trainable, in fp32."""
-    with quiet_import():
-        from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig, inject_adapter_in_model
 
     kinds = {type(model.net.get_submodule(name)).__name__ for name in names}
     if settings.use_dora and "Linear8bitLt" in kinds:

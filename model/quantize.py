@@ -14,31 +14,20 @@ afterwards. The layers hold no dropout and no statistics: nothing else changes.
 
 import functools
 import logging
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 QUANTS = ("8bit", "4bit")
-
-
-@contextmanager
-def quiet_import():
-    """bitsandbytes logs a line for each optional CPU kernel that it does not find; they change nothing for us."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+# when it is imported, bitsandbytes warns of each optional CPU kernel that it does not find
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def quantize_linears(net: nn.Module, names: list[str], quant: str, compute_dtype: torch.dtype) -> None:
     """Replace the named nn.Linear layers of a network on meta by empty bitsandbytes layers of the same shape."""
-    with quiet_import():
-        import bitsandbytes as bnb
+    import bitsandbytes as bnb
+
     for name in names:
         parent, _, leaf = name.rpartition(".")
         old = net.get_submodule(name)
