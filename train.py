@@ -257,9 +257,9 @@ class Run:
         from training.state import capture_random
 
         moments, numbers = optim.optimizer_tensors(self.optimizer)
-        tensors = {"trained": self.trained, "optimizer": moments, "random": capture_random()}
-        jsons = {"state": self.state.to_json(), "optimizer": numbers, "identity": self.identity}
-        return {f"{k}.safetensors": v for k, v in tensors.items()}, {f"{k}.json": v for k, v in jsons.items()}
+        random = capture_random()
+        tensors = {"trained.safetensors": self.trained, "optimizer.safetensors": moments, "random.safetensors": random}
+        return tensors, {"state.json": self.state.to_json(), "optimizer.json": numbers, "identity.json": self.identity}
 
     def commit(self) -> bool:
         """Save a checkpoint; where the disk refuses, say so and go on. Returns whether it is saved."""

@@ -149,10 +149,11 @@ class Encoded:
     and the loop decides whether it stops the run or is skipped and counted.
     """
 
-    def __init__(self, records: Any, encode: Callable[[Any], Example], indices: list[int] | None = None):
+    def __init__(self, records: Any, encode: Callable[[Any], Example], indices: list[int]):
+        """indices: the records that are seen, in this order."""
         self.records = records
         self.encode = encode
-        self.indices = list(range(len(records))) if indices is None else indices
+        self.indices = indices
 
     def __len__(self) -> int:
         return len(self.indices)

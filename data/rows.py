@@ -40,7 +40,7 @@ class Rows:
 
     @property
     def text(self) -> str:
-        """One line for the start of a run."""
+        """What the start of a run prints about its rows."""
         dialects = ", ".join(f"{count} {name}" for name, count in self.train.dialects.items())
         notes = "".join(f"; {count} x {note}" for note, count in self.train.notes.items())
         held = "".join(f", {len(rows)} in {name}" for name, (_, rows) in self.eval_sets.items())

@@ -1,4 +1,4 @@
-"""Before the first step: the worst of the run once, what it will take, rows as the model sees them, the journal's opening.
+"""Before the first step: the rehearsal, the forecast, three rows as the model sees them, and the journal's first records.
 
 Both functions are given train.py's Run, whose own forward, backward and saving are what is rehearsed.
 """
@@ -18,7 +18,7 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "to
 
 
 def rehearse_run(run: Any) -> Forecast:
-    """Run the worst of the run once and undo it; print the forecast and three rows as the model sees them."""
+    """Run the longest rows once and undo it; print the forecast and three rows as the model sees them."""
     rows, tokens, longest = run.rows, run.state.micro_tokens, []
     for index in rows.lengths.longest_first():  # the longest that can be used: a picture decodes or does not only now
         longest += rows.usable(list(Encoded(rows.train, run.stage.encode, [index])))
