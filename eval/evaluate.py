@@ -87,6 +87,7 @@ def evaluate(
                 trained = [example for _, example in rows if example.num_supervised]
                 total += stage.denominator(trained)
                 sums.update(stage_sums(model, stage, trained, batch_tokens))
+                # what is asked from here on: of a preference the chosen side
                 rows = [(r, stage.sequences(example)[0] if example.num_supervised else example) for r, example in rows]
             if task is not None:
                 for line in answer_lines(model.family, task, rows, partial(ask, first_prompt=num_asked), others or {}):

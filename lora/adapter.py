@@ -93,7 +93,7 @@ def attach(model: Model, family: Family, settings: Settings) -> list[Row]:
     return trainable_table(model)
 
 
-def freeze(model: Model, family: Family, freeze_vision: bool = False, freeze_projector: bool = False) -> None:
+def freeze(model: Model, family: Family, freeze_vision: bool, freeze_projector: bool) -> None:
     """Full fine-tuning: every weight is trained but those of the frozen parts. Raises UserError on a quantised base."""
     if any(is_quantized(module) for module in model.net.modules()):
         raise UserError("a quantised base is not trained itself: add --use_lora, or drop --use_8bit or --use_4bit")

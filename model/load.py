@@ -7,8 +7,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+import model.attention  # noqa: F401 - registers "packed"
 from data.errors import UserError
-from model.attention import AttentionInterface  # noqa: F401 - registers "packed"
 from model.family import Family, Model, Options, find_family
 from model.quantize import QUANTS, is_quantized, quantize_linears, quantized_weight
 from model.shards import DTYPES, INDEX, SINGLE, Shards, plan_shards, write_shards
@@ -164,6 +164,3 @@ def copy_companions(source: Path, target: Path) -> None:
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name.endswith(".index.json")
         if path.is_file() and not weights:
             shutil.copyfile(path, target / path.name)
-
-
-__all__ = ["load", "save", "fill", "build_on_meta", "expected_tensors", "copy_companions", "is_tied", "INDEX", "SINGLE"]

@@ -144,7 +144,7 @@ class FolderLock:
     a few seconds do not keep the folder closed to the run that resumes it.
     """
 
-    def __init__(self, folder: Path, made: Sequence[Path] = ()):
+    def __init__(self, folder: Path, made: Sequence[Path]):
         """made: the folders that were created for this one, itself first."""
         self._made = made
         self._file = open(folder / LOCK, "a+")
