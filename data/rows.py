@@ -135,7 +135,7 @@ def reading(settings: dict[str, Any], family: Any, takes: Collection[str] = KIND
 
 
 def weigh(records: Records, kept: list[int], seed: int) -> list[int]:
-    """The kept rows as often as the weight of their source says; of a fraction, a share drawn by the seed."""
+    """The kept rows, repeated by the weight of their source; the weight's fraction is a share of them drawn by the seed."""
     if all(part.source.weight == 1 for part in records.parts):
         return kept
     weighed = []

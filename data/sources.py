@@ -24,7 +24,7 @@ Piece = tuple[int, int, int, object]  # number of a row, where it lies (byte off
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in one pass with little memory."""
+    """Hash of a file's bytes, in one pass with little memory."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**22):
@@ -46,13 +46,13 @@ class Source:
         raise NotImplementedError
 
     def read(self, number: int, start: int, size: int) -> object:
-        """What lies at one place."""
+        """The raw row at one place of the file."""
         with open(self.path, "rb") as file:
             file.seek(start)
             return file.read(min(size, MAX_ROW_BYTES + 1))
 
     def parse(self, raw: object) -> object:
-        """What lies at a place as a row. Raises Problem."""
+        """A raw row, of pieces() or read(), as a Python object. Raises Problem."""
         return decode(raw, is_row=True)
 
     def stamp(self) -> list:
@@ -61,7 +61,7 @@ class Source:
         return [os.path.realpath(self.path), found.st_size, found.st_mtime_ns]
 
     def sha256(self) -> str:
-        """Of all that the rows are read from."""
+        """Hash of all that the rows are read from."""
         return sha256_of(self.path)
 
 
@@ -111,7 +111,7 @@ class Document(Source):
 
     @staticmethod
     def expand(raw: bytes) -> list:
-        """The rows that the first dialect that knows such a file makes of it, else itself as the one row, or its Problem."""
+        """The rows that the first dialect with an expand() for it makes of the document, else it alone, or its Problem."""
         found = [getattr(module, "expand", None) for name, module in sys.modules.items() if name.startswith("data.dialect_")]
         try:
             document = decode(raw, is_row=True)
@@ -122,7 +122,7 @@ class Document(Source):
 
 class Sheet(Source):
     """A csv file with names in its first row, which shows what separates cells: most often commas, semicolons or tabs. The
-    number is that of the line a row begins on. A cell is text, or the JSON list or object that it holds; an empty one is none.
+    number is that of the line a row begins on. A cell is text, or the JSON list or object in it; an empty one is left out.
     """
 
     def __init__(self, path: Path):

@@ -76,7 +76,7 @@ def stored(net: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def expected_tensors(family: Family, net: nn.Module) -> dict[str, torch.Size]:
-    """Tensor name in the checkpoint -> shape, of all that is stored (a tied head is none of its own)."""
+    """Tensor name in the checkpoint -> shape, of all that is stored (a tied head has no tensor of its own)."""
     tied = is_tied(net)
     head = next(n for n, m in net.named_modules() if m is net.get_output_embeddings())
     return {family.tensor_name(n): t.shape for n, t in stored(net).items() if not (tied and n == f"{head}.weight")}
