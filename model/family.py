@@ -168,6 +168,10 @@ class Family:
         """To define for vision: how many positions each picture of an example takes."""
         return []
 
+    def picture_ids(self, pixels: dict[str, torch.Tensor]) -> list[list[int]]:
+        """The ids that take the place of each picture's placeholder: as many placeholders as the picture has positions."""
+        return [[self.image_token_id] * count for count in self.count_positions(pixels)]
+
     def positions(self, input_ids: torch.Tensor, pixels: dict[str, torch.Tensor]) -> torch.Tensor:
         """Position ids of one example: (T,), or (3, T) where pictures count in two dimensions."""
         return torch.arange(len(input_ids))
@@ -185,7 +189,7 @@ class Family:
     def outline(self, messages: list[dict], tools: list | None, image_sizes: list[tuple[int, int]]) -> tuple[int, int, int]:
         """(text, picture, supervised) positions of a conversation, pictures not opened. Raises the UserErrors of encode()
         that do not depend on pixels."""
-        pieces = expand_pictures(self.render(messages, tools), self.image_token_id, [0] * len(image_sizes))
+        pieces = expand_pictures(self.render(messages, tools), self.image_token_id, [[]] * len(image_sizes))
         check_ids(max((i for ids, _ in pieces for i in ids), default=0), self.text_config["vocab_size"], self.folder)
         text = sum(len(ids) for ids, _ in pieces)
         supervised = sum(len(ids) for ids, trained in pieces if trained)
@@ -215,11 +219,9 @@ class Family:
         return example
 
     def _encode(self, messages: list[dict], tools: list | None) -> Example:
-        pictures = [self.picture(image) for image in images_of(messages)]
-        pieces = self.render(messages, tools)
-        pixels = self.join_pixels([tensors for tensors, _ in pictures])
-        input_ids, labels = mask(expand_pictures(pieces, self.image_token_id, [count for _, count in pictures]))
-        return self.example(input_ids, labels, pixels)
+        pixels = self.join_pixels([self.picture(image)[0] for image in images_of(messages)])
+        pieces = expand_pictures(self.render(messages, tools), self.image_token_id, self.picture_ids(pixels))
+        return self.example(*mask(pieces), pixels)
 
     def example(
         self, input_ids: Iterable[int], labels: Iterable[int], pixels: dict[str, torch.Tensor] | None = None
@@ -350,12 +352,14 @@ def images_of(messages: list[dict]) -> list:
     return [item["image"] for content in contents for item in content if item["type"] == "image"]
 
 
-def expand_pictures(pieces: list[tuple[list[int], bool]], token: int | None, counts: list[int]) -> list[tuple[list[int], bool]]:
-    """Each picture's one placeholder id becomes as many as the picture has positions."""
+def expand_pictures(
+    pieces: list[tuple[list[int], bool]], token: int | None, pictures: list[list[int]]
+) -> list[tuple[list[int], bool]]:
+    """Put each picture's ids in the place of its one placeholder, `token`."""
     marks = sum(ids.count(token) for ids, _ in pieces) if token is not None else 0
-    if marks != len(counts):
-        raise UserError(f"the rendered conversation has {marks} picture marks for {len(counts)} pictures; they must agree")
-    if not counts:
+    if marks != len(pictures):
+        raise UserError(f"the rendered conversation has {marks} picture marks for {len(pictures)} pictures; they must agree")
+    if not pictures:
         return pieces
-    left = iter(counts)
-    return [([i for t in ids for i in ([t] * next(left) if t == token else [t])], trained) for ids, trained in pieces]
+    left = iter(pictures)
+    return [([i for t in ids for i in (next(left) if t == token else [t])], trained) for ids, trained in pieces]
