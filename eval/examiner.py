@@ -34,17 +34,20 @@ class Examiner:
     def __init__(
         self, config: Any, model: Model, stage: Any, rows: Rows, precision: Any, journal: Journal, state: State
     ):
-        """stage: whose loss is computed. state: where the run stands; lines of outputs/ from after its step, which a resumed
-        run writes again, are dropped, and the figures from before the first step are read from the journal."""
+        """stage: whose loss is computed. state: where the run stands."""
         self.config, self.model, self.stage, self.rows, self.precision = config, model, stage, rows, precision
-        self.journal, self.state, step = journal, state, state.step
-        self.folder = Path(config.output_dir)
+        self.journal, self.state, self.folder = journal, state, Path(config.output_dir)
         self.task: Task | None = None
         if config.predict_with_generate or rows.test_set:
             self.task = stage.task if config.eval_task == "auto" and stage.task else find_task(config.eval_task)
         self.figures: dict[str, dict[str, dict[str, float]]] = {}  # when -> set -> figure -> value
         self.lines: dict[str, dict[str, list[dict]]] = {}  # when -> set -> lines
         self.files: dict[str, PatientFile] = {}  # set -> outputs/<set>.jsonl
+        self._restore(state.step)
+
+    def _restore(self, step: int) -> None:
+        """Drop the lines of outputs/ from after this step, which the run writes again; what was found before the first step is
+        read from them and from the journal."""
         for path in (self.folder / "outputs").glob("*.jsonl"):
             whole = path.read_bytes().rpartition(b"\n")[0]  # a kill may have torn the last line
             lines = map(json.loads, whole.splitlines())  # of bytes: text is split at U+2028 and the like too
@@ -53,7 +56,7 @@ class Examiner:
             self.lines.setdefault("before", {})[path.stem] = before
             with whole_file(path) as file:
                 file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in kept)
-        for record in read_journal(journal.path):
+        for record in read_journal(self.journal.path):
             if record.get("event") == "eval" and record["step"] == 0:
                 found = {key: value for key, value in record.items() if key not in ("event", "step", "set", "seconds")}
                 self.figures.setdefault("before", {})[record["set"]] = found
