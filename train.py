@@ -85,10 +85,10 @@ class Run:
             Path(config.image_cache).mkdir(parents=True, exist_ok=True)
         self.model, self.family = load_model(config.base_model, quant, dtype, self.device, options_of(vars(config)))
         self.adapter_settings = adapter.Settings.from_config(config)
-        self.trainable = adapter.attach(self.model, self.family, self.adapter_settings)
+        self.parameter_table = adapter.attach(self.model, self.family, self.adapter_settings)
         if config.adapter:
             files.load_adapter(self.model, self.family, config.adapter)
-        print(adapter.table_text(self.trainable))
+        print(adapter.table_text(self.parameter_table))
         if config.gradient_checkpointing:
             blocks = [block for name in self.family.blocks for block in self.model.net.get_submodule(name)]
             checkpoint_blocks(blocks, config.offload_activations)
@@ -133,9 +133,8 @@ class Run:
                 return 0
         if not (self.folder / "run.yaml").exists():
             (self.folder / "run.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        config = self.config
-        self.journal = Journal(self.folder, self.last, self.state.step, config.logging_steps, config.report_to)
-        examiner = Examiner(config, self.model, self.stage, self.rows, self.precision, self.journal, self.state)
+        self.journal = Journal(self.folder, self.last, self.state.step, self.config.logging_steps, self.config.report_to)
+        examiner = Examiner(self.config, self.model, self.stage, self.rows, self.precision, self.journal, self.state)
         if not self.found:
             opening.write(self, expected)
             examiner.examine(0, "before")
@@ -160,7 +159,9 @@ class Run:
         self.journal.event("finish", self.state.step, reason=reason, time=now(), skipped_rows=len(self.rows.bad))
         self.journal.close()
         examiner.close(finished)
-        return stop.exit_code if not finished else 0 if saved and not self.journal.file.waiting else 1
+        if not finished:
+            return stop.exit_code
+        return 0 if saved and not self.journal.file.waiting else 1
 
     def loop(self, stop, examiner) -> None:
         """Optimizer steps until the last one, or until a signal asks to stop."""

@@ -44,6 +44,6 @@ def write(run: Any, expected: Forecast) -> None:
     run.journal.event(
         "start", 0, command=shlex.join(["python", "train.py", *sys.argv[1:]]), machine=run.machine,
         versions={name: version(name) for name in LIBRARIES}, time=now(), last_step=run.last,
-        data=run.rows.files, trainable=run.trainable,
+        data=run.rows.files, trainable=run.parameter_table,
     )
     run.journal.event("forecast", 0, gib=expected.parts, seconds_per_update=expected.seconds_per_update, hours=expected.hours)
