@@ -20,7 +20,7 @@ from data.turns import MAX_ROW_BYTES, Problem, decode
 
 TEXT_COLUMNS = {"prompt", "query", "completion", "text", "instruction", "input", "context", "output",
                 "response"}  # of a csv: text even where it looks like a JSON list or object
-Piece = tuple[int, int, int, object]  # number of a row, where it lies (byte offset, size; 0, 0 in a table), what lies there
+RawRow = tuple[int, int, int, object]  # number of a row, byte offset and size (0, 0 in a table), and what lies there
 
 
 def sha256_of(path: Path) -> str:
@@ -41,7 +41,7 @@ class Source:
     def __init__(self, path: Path):
         self.path, self.folder, self.name = path, path.parent, path.name
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[RawRow]:
         """Every row, in order. UserError for a file that does not come apart into rows."""
         raise NotImplementedError
 
@@ -68,7 +68,7 @@ class Source:
 class Lines(Source):
     """One JSON row a line; the number is that of the line in the file, blank lines counted."""
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[RawRow]:
         with open(self.path, "rb") as file:
             number = offset = 0
             while line := file.readline(MAX_ROW_BYTES + 1):
@@ -87,14 +87,14 @@ class Array(Source):
         super().__init__(path)
         self.begin = begin
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[RawRow]:
         return split_array(self.path, self.begin)
 
 
 class Document(Source):
     """A file that is one JSON object: one row, or a recorded run of which every step is one (number: the step)."""
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[RawRow]:
         with open(self.path, "rb") as file:
             raw = file.read(MAX_ROW_BYTES + 1)
         for number, row in enumerate(self.expand(raw), 1):
@@ -138,12 +138,12 @@ class Sheet(Source):
         if twice := [name for name in self.columns if name and self.columns.count(name) > 1]:
             raise UserError(f"{path} has two columns called {twice[0]!r}; rename or remove one")
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[RawRow]:
         rows = self._split()
         next(rows, None)
         return rows
 
-    def _split(self) -> Iterator[Piece]:
+    def _split(self) -> Iterator[RawRow]:
         """Rows are cut by the csv reader itself, for a quoted cell may hold line ends. UserError where such a cell goes wrong:
         its quote may have taken the rows behind it in."""
         taken: list[bytes] = []  # the lines that the reader asked for until it had a row

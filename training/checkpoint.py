@@ -72,13 +72,13 @@ def newest_whole(folder: str | Path, before: float = math.inf) -> Path | None:
     return None
 
 
-def find_resume(folder: str | Path, resume: str | None) -> Path | None:
-    """The checkpoint that `--resume` means: "yes", a step number, an output folder or a checkpoint; None: start fresh.
+def find_resume(folder: str | Path, resume: str) -> Path | None:
+    """The checkpoint that `--resume` means (no, yes, a step number, an output folder or a checkpoint); None: start fresh.
 
     Raises UserError where what was asked for is absent or damaged, or where a fresh start would run over a run.
     """
     steps = [path.name for path in _candidates(folder)]
-    if resume in (None, "no"):
+    if resume == "no":
         if steps:
             raise UserError(f"{folder} holds a run ({steps[0]}): add --resume yes, or choose another --output_dir")
         return None
