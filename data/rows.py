@@ -21,6 +21,7 @@ from data.errors import UserError, printable
 from data.lengths import Lengths, find_longest, measure, remedy
 from data.paths import name_apart, open_sources
 from data.records import KINDS, Record, Records, read_sources
+from data.sources import Source
 from data.template import make_template
 
 
@@ -29,14 +30,14 @@ class Rows:
     """The training records, of which an epoch sees lengths.kept (repeated by weight), and the evaluation sets by name, each
     as (records, row numbers)."""
 
-    train: Records
-    lengths: Lengths
     bad_path: Path
     on_bad_row: str
+    bad: list[dict]  # the lines of bad_rows.jsonl
+    train: Records = field(init=False)
+    lengths: Lengths = field(init=False)  # of train
     eval_sets: dict[str, tuple[Records, list[int]]] = field(default_factory=dict)
     test_set: tuple[Records, list[int]] | None = None
-    files: list[dict] = field(default_factory=list)  # [{"file", "rows", "sha256", "weight"}]
-    bad: list[dict] = field(default_factory=list)
+    files: list[dict] = field(default_factory=list)  # [{"file", "rows", "sha256", "weight"}], those of train first
 
     @property
     def text(self) -> str:
@@ -98,26 +99,29 @@ def open_rows(
     bad_path = folder / "bad_rows.jsonl"
     if not resumed:
         bad_path.unlink(missing_ok=True)
-    rows, rules = None, reading(vars(config), family, takes)
-    sets = [("train", open_sources(config.data_path))]
-    evaluated = open_sources(config.eval_path) if config.eval_path else []
-    sets += [("eval", list(entry)) for _, entry in groupby(evaluated, lambda source: source.entry)]
-    sets += [("test", open_sources(config.test_path))] if config.test_path else []
-    name_apart([source for _, sources in sets for source in sources])
-    for kind, sources in sets:
+    known = bad_path.read_text(encoding="utf-8").splitlines() if bad_path.exists() else []
+    rows = Rows(bad_path, config.on_bad_row, [json.loads(line) for line in known])
+    rules = reading(vars(config), family, takes)
+    trained, evaluated, tested = (
+        open_sources(path) if path else [] for path in (config.data_path, config.eval_path, config.test_path)
+    )
+    name_apart([*trained, *evaluated, *tested])
+
+    def open_set(sources: list[Source]) -> tuple[Records, Lengths]:
+        """The good rows of a set and their lengths; its bad ones are accounted for."""
         records = read_sources(sources, **rules)
         lengths = measure_rows(records, config, family)
-        if rows is None:
-            rows = Rows(records, lengths, bad_path, config.on_bad_row)
-            if bad_path.exists():
-                rows.bad = [json.loads(line) for line in bad_path.read_text(encoding="utf-8").splitlines()]
         refuse_rows(rows, records, lengths, config, family)
-        if kind == "test":
-            rows.test_set = records, weigh(records, lengths.kept, config.seed)
-        elif kind == "eval":
-            name = unique_name(Path(sources[0].entry).stem, rows.eval_sets)
-            rows.eval_sets[name] = records, weigh(records, lengths.kept, config.seed)
         rows.files += [part.describe() for part in records.parts]
+        return records, lengths
+
+    rows.train, rows.lengths = open_set(trained)
+    for entry, sources in groupby(evaluated, lambda source: source.entry):
+        records, lengths = open_set(list(sources))
+        rows.eval_sets[unique_name(Path(entry).stem, rows.eval_sets)] = records, weigh(records, lengths.kept, config.seed)
+    if tested:
+        records, lengths = open_set(tested)
+        rows.test_set = records, weigh(records, lengths.kept, config.seed)
     if config.eval_split:
         hold_out(rows, config.eval_split, config.seed, family)
     rows.lengths.kept = weigh(rows.train, rows.lengths.kept, config.seed)
