@@ -18,8 +18,14 @@ from pathlib import Path
 
 from data import demo
 from data.errors import UserError, command
+from data.sources import sha256_of
 from stages import list_stages
+from training import guards, memory
 from training.config import Config, read_config, to_yaml, trajectory
+from training.journal import Journal, now
+from training.waiting import Waiting
+
+# What imports torch or transformers is imported where it is used, so that --help answers at once.
 
 
 def main() -> int:
@@ -29,8 +35,6 @@ def main() -> int:
     if config.print_config:
         print(to_yaml(config), end="")
         return 0
-    from training.guards import open_folder
-
     stage = modules[config.stage].Stage
     if config.replay_step:
         from training.replay import find_weights, replay
@@ -38,7 +42,7 @@ def main() -> int:
         return replay(Run(config, stage, find_weights(config)))
     if config.demo and config.resume == "no":
         config.output_dir = demo.unused(config.output_dir)
-    lock = open_folder(config.output_dir)
+    lock = guards.open_folder(config.output_dir)
     try:
         from training.checkpoint import find_resume
 
@@ -51,15 +55,14 @@ class Run:
     """One training run: everything it consists of, built in the order of __init__."""
 
     def __init__(self, config: Config, stage_class: type, found: Path | None = None):
-        """found: the checkpoint to go on from."""
+        """found: the checkpoint to resume from; None for a fresh run."""
         from data.batches import Batches, Encoded
         from data.rows import open_rows
-        from data.sources import sha256_of
         from eval.examiner import check_names
         from lora import adapter, files
         from model import load_model, options_of
         from model.checkpointing import checkpoint_blocks
-        from training import memory, optim, precision, rehearsal
+        from training import optim, precision, rehearsal
         from training.state import State, seed_random
 
         # the machine, and where the run stands
@@ -74,26 +77,25 @@ class Run:
             demo.prepare(config)
         seed_random(config.seed)
 
-        # the model, and what of it is trained
+        # the model, and which of its parameters are trained
         quant = "8bit" if config.use_8bit else "4bit" if config.use_4bit else None
-        kinds = self.precision
-        storage = kinds.frozen if config.use_lora else kinds.full_8bit if "8bit" in config.optim else kinds.full
-        if config.image_cache:
+        full = self.precision.full_8bit if "8bit" in config.optim else self.precision.full
+        dtype = self.precision.frozen if config.use_lora else full
+        if config.image_cache:  # now, because a worker that cannot write there goes on without a word
             Path(config.image_cache).mkdir(parents=True, exist_ok=True)
-        self.model, self.family = load_model(config.base_model, quant, storage, self.device, options_of(vars(config)))
+        self.model, self.family = load_model(config.base_model, quant, dtype, self.device, options_of(vars(config)))
         self.adapter_settings = adapter.Settings.from_config(config)
-        self.trainable = adapter.attach(self.model, self.family, self.adapter_settings)
+        self.parameter_table = adapter.attach(self.model, self.family, self.adapter_settings)
         if config.adapter:
             files.load_adapter(self.model, self.family, config.adapter)
-        print(adapter.table_text(self.trainable))
+        print(adapter.table_text(self.parameter_table))
         if config.gradient_checkpointing:
             blocks = [block for name in self.family.blocks for block in self.model.net.get_submodule(name)]
             checkpoint_blocks(blocks, config.offload_activations)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
         # the rows, and the steps they make
-        max_length = None if config.max_length == "auto" else config.max_length
-        self.stage = stage_class(config.stage_options, self.model, max_length)
+        self.stage = stage_class(config.stage_options, self.model, config.length_limit)
         self.rows = open_rows(config, self.family, self.folder, bool(found or config.replay_step), self.stage.takes)
         dataset = Encoded(self.rows.train, self.stage.encode, self.rows.lengths.kept)
         self.batches = Batches(dataset, config.batch_size * config.grad_accum, config.seed, config.num_workers)
@@ -120,12 +122,10 @@ class Run:
         last checkpoint or the last lines of the journal could not be saved."""
         from eval.examiner import Examiner
         from training import opening
-        from training.guards import Stop
-        from training.journal import Journal, now
 
         if not self.found:
             expected = opening.rehearse_run(self)
-        self.stage.prepare(self)  # the weights are still those of the start
+        self.stage.prepare(self)  # before a resume brings trained weights: DPO measures its reference here
         if self.found:
             self.resume(self.found)
             if self.state.step >= self.last and self.target.exists():
@@ -133,17 +133,16 @@ class Run:
                 return 0
         if not (self.folder / "run.yaml").exists():
             (self.folder / "run.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        config = self.config
-        self.journal = Journal(self.folder, self.last, self.state.step, config.logging_steps, config.report_to)
-        examiner = Examiner(config, self.model, self.stage, self.rows, self.precision, self.journal, self.state)
+        self.journal = Journal(self.folder, self.last, self.state.step, self.config.logging_steps, self.config.report_to)
+        examiner = Examiner(self.config, self.model, self.stage, self.rows, self.precision, self.journal, self.state)
         if not self.found:
             opening.write(self, expected)
             examiner.examine(0, "before")
-        stop = Stop()
+        stop = guards.Stop()
         try:
             self.loop(stop, examiner)
-        except UserError:  # a bad row, no memory, a worker that died: what was learnt until then is not lost
-            if not stop.requested:  # else a signal to every process took a worker first, and this is the stop asked for
+        except UserError:  # a bad row, no memory, a dead worker: what was learnt until then is saved
+            if not stop.requested:  # else the stop signal went to all processes and ended a worker first
                 if self.state.step:
                     self.commit()
                 self.journal.close()
@@ -160,14 +159,15 @@ class Run:
         self.journal.event("finish", self.state.step, reason=reason, time=now(), skipped_rows=len(self.rows.bad))
         self.journal.close()
         examiner.close(finished)
-        return stop.exit_code if not finished else 0 if saved and not self.journal.file.waiting else 1
+        if not finished:
+            return stop.exit_code
+        return 0 if saved and not self.journal.file.waiting else 1
 
     def loop(self, stop, examiner) -> None:
         """Optimizer steps until the last one, or until a signal asks to stop."""
         import torch
 
-        from training import guards, memory, optim
-        from training.waiting import Waiting
+        from training import optim
 
         config, state, per_epoch = self.config, self.state, self.batches.steps_per_epoch
         waiting = Waiting(config.num_workers)
@@ -179,7 +179,7 @@ class Run:
             rate = self.rate * optim.schedule(config.lr_schedule, state.step, config.warmup_steps, self.last)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            for examples in self.stage.collect(self, rows):  # the rows, for one update; RLOO: answers sampled to them
+            for examples in self.stage.collect(self, rows):  # the rows, once; RLOO: sampled answers, once for each update
                 total = self.stage.denominator(examples)  # 2 what the loss is divided by, before any forward
                 loss, figures = self.forward_backward(examples, total)  # 3 packed rows; every loss is a sum / total
                 overflowed = state.scaler.unscale(self.trained.values())
@@ -209,7 +209,6 @@ class Run:
     def forward_backward(self, examples: list, total: float) -> tuple[float, dict[str, float]]:
         """Gradients of the step's loss, and its value. Out of memory anywhere drops all gradients, restores the random
         state and redoes the whole step in rows of half the size: the cut into rows cannot change the gradient."""
-        from training.guards import is_out_of_memory
         from training.state import capture_random, restore_random
 
         random = capture_random()
@@ -217,7 +216,7 @@ class Run:
             try:
                 return self.accumulate(examples, total)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not guards.is_out_of_memory(error):
                     raise
             self.optimizer.zero_grad(set_to_none=True)
             restore_random(random)
@@ -238,7 +237,7 @@ class Run:
             with self.precision.autocast():
                 loss, more = self.stage.loss(self.model, row.to(self.device), total)
             (loss * self.state.scaler.scale).backward()
-            loss_sum += loss.detach()  # one wait for the card a step, not one a row
+            loss_sum += loss.detach()  # .item() waits for the card: once a step, not once a row
             figures = {name: figures.get(name, 0.0) + value for name, value in more.items()}
         return loss_sum.item(), {name: float(value) for name, value in figures.items()}
 
@@ -259,9 +258,9 @@ class Run:
         from training.state import capture_random
 
         moments, numbers = optim.optimizer_tensors(self.optimizer)
-        tensors = {"trained": self.trained, "optimizer": moments, "random": capture_random()}
-        jsons = {"state": self.state.to_json(), "optimizer": numbers, "identity": self.identity}
-        return {f"{k}.safetensors": v for k, v in tensors.items()}, {f"{k}.json": v for k, v in jsons.items()}
+        random = capture_random()
+        tensors = {"trained.safetensors": self.trained, "optimizer.safetensors": moments, "random.safetensors": random}
+        return tensors, {"state.json": self.state.to_json(), "optimizer.json": numbers, "identity.json": self.identity}
 
     def commit(self) -> bool:
         """Save a checkpoint; where the disk refuses, say so and go on. Returns whether it is saved."""
@@ -322,7 +321,7 @@ class Run:
 
 
 def due(every: int | str, step: int, steps_per_epoch: int) -> bool:
-    """Whether what happens every N steps, every "epoch" or "no" time happens after this step."""
+    """Whether something done every N steps, every "epoch" or never ("no") is due after this step."""
     return every != "no" and step % (steps_per_epoch if every == "epoch" else every) == 0
 
 

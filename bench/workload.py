@@ -110,8 +110,8 @@ def picture_row(family: "Family", size: Size, chance: random.Random) -> "Example
     mark = [config["vision_start_token_id"], config["image_token_id"], config["vision_end_token_id"]]
     question, answer = (chance.randint(10, size.median_length // 2) for _ in range(2))
     pieces = [(mark * len(pictures) + words(size, question, chance), False), (words(size, answer, chance), True)]
-    expanded = expand_pictures(pieces, family.image_token_id, [count for _, count in pictures])
-    return family.example(*mask(expanded), family.join_pixels([tensors for tensors, _ in pictures]))
+    pixels = family.join_pixels([tensors for tensors, _ in pictures])
+    return family.example(*mask(expand_pictures(pieces, family.image_token_id, family.picture_ids(pixels))), pixels)
 
 
 def words(size: Size, number: int, chance: random.Random) -> list[int]:

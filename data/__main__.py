@@ -112,8 +112,7 @@ def check_rows(flags: argparse.Namespace) -> int:
 
     config.on_bad_row = "skip"
     family, records = open_family_and_rows(config, takes, keep_index=False)
-    limit = None if config.max_length == "auto" else config.max_length
-    survey = check(records, family, folder, limit, config.max_text_length, config.num_workers)
+    survey = check(records, family, folder, config.length_limit, config.max_text_length, config.num_workers)
     print(page(survey, shutil.get_terminal_size((160, 40)).columns, folder / "bad_rows.jsonl"))
     return 1 if survey.bad else 0
 

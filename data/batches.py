@@ -45,15 +45,15 @@ class Packed:
         )
 
     def picture_places(self) -> torch.Tensor:
-        """(places,) of the row that pictures take, in order."""
+        """(n,) positions of the row that pictures take, in order."""
         return torch.cat([torch.arange(*span) for span in self.image_spans]).to(self.input_ids.device)
 
     def supervised(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(where, target): places whose next token of the same example is supervised, and that token. (n,) each."""
+        """(where, target): positions whose next token, in the same example, is supervised, and that token. (n,) each."""
         target = self.labels[1:]
         inside = torch.ones_like(target, dtype=torch.bool)
         ends = torch.tensor(self.lengths, device=target.device).cumsum(0)[:-1] - 1
-        inside[ends] = False  # the last place of an example has no next token
+        inside[ends] = False  # the last position of an example has no next token
         where = ((target != NO_LOSS) & inside).nonzero()[:, 0]  # (n,)
         return where, target[where]
 
@@ -86,7 +86,7 @@ def pack(examples: list[Example], micro_tokens: int) -> list[Packed]:
 
 
 def group(examples: list[Any], micro_tokens: int) -> list[list[Any]]:
-    """The examples of each packed row, longest first into the first row with room; a longer example rides alone.
+    """The examples of each packed row: longest first, each into the first row with room; one over micro_tokens is alone.
 
     An example is anything with a length, such as a pair that must lie in one row.
     """
@@ -149,10 +149,11 @@ class Encoded:
     and the loop decides whether it stops the run or is skipped and counted.
     """
 
-    def __init__(self, records: Any, encode: Callable[[Any], Example], indices: list[int] | None = None):
+    def __init__(self, records: Any, encode: Callable[[Any], Example], indices: list[int]):
+        """indices: the records that are seen, in this order."""
         self.records = records
         self.encode = encode
-        self.indices = list(range(len(records))) if indices is None else indices
+        self.indices = indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -165,6 +166,6 @@ class Encoded:
             example.encode_seconds = time.perf_counter() - began
             return example
         except UserError as error:
-            if record is not None:  # else it says where itself
+            if record is not None:  # else the row could not be read, and the error has its place already
                 error.where, error.id = record.where, record.id
             return error

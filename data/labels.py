@@ -2,9 +2,9 @@
 
 A conversation is rendered by the model's own chat template and cut at the assistant turns; every piece is tokenized by
 itself, the response pieces (stop token included) carry labels, all else is -100. Prompt and response are cut only at
-special tokens, where separate and joint tokenization meet, and generation feeds the very ids that training put before
-the answer. Words in a user's text that spell a special token stay text: they are marked before the template sees them,
-so a special token in the rendered text can only come from the template.
+special tokens, where tokenizing them apart or together gives the same ids, and generation feeds the very ids that
+training puts before the answer. Words in a user's text that spell a special token stay text: they are marked before the
+template sees them, so a special token in the rendered text can only come from the template.
 """
 
 import json
@@ -41,7 +41,7 @@ class Example:
     values: dict[str, float] = field(default_factory=dict)
     id: str = ""
     where: str = ""
-    encode_seconds: float = 0.0  # it took to make this, in whichever process
+    encode_seconds: float = 0.0  # what encoding the row took, in whichever process
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -80,7 +80,7 @@ class PieceTokenizer:
         self.encode_short = lru_cache(1024)(self.encode)  # most pieces are the template's own words, the same in every row
 
     def mark(self, value: Any) -> tuple[Any, str]:
-        """(value, mark): every special token that a string inside value spells is split by the mark character."""
+        """(value, mark): value with the mark character put inside every special token that one of its strings spells."""
         text = json.dumps(value, ensure_ascii=False, default=str)
         mark = next((m for m in MARKS if m not in text), None)
         if mark is None:

@@ -21,25 +21,27 @@ from data.errors import UserError, printable
 from data.lengths import Lengths, find_longest, measure, remedy
 from data.paths import name_apart, open_sources
 from data.records import KINDS, Record, Records, read_sources
+from data.sources import Source
 from data.template import make_template
 
 
 @dataclass
 class Rows:
-    """`train` and the rows of it that an epoch sees (lengths.kept, by weight); each evaluation set's rows by its name."""
+    """The training records, of which an epoch sees lengths.kept (repeated by weight), and the evaluation sets by name, each
+    as (records, row numbers)."""
 
-    train: Records
-    lengths: Lengths
     bad_path: Path
     on_bad_row: str
+    bad: list[dict]  # the lines of bad_rows.jsonl
+    train: Records = field(init=False)
+    lengths: Lengths = field(init=False)  # of train
     eval_sets: dict[str, tuple[Records, list[int]]] = field(default_factory=dict)
     test_set: tuple[Records, list[int]] | None = None
-    files: list[dict] = field(default_factory=list)  # [{"file", "rows", "sha256", "weight"}]
-    bad: list[dict] = field(default_factory=list)
+    files: list[dict] = field(default_factory=list)  # [{"file", "rows", "sha256", "weight"}], those of train first
 
     @property
     def text(self) -> str:
-        """One line for the start of a run."""
+        """What the start of a run prints about its rows."""
         dialects = ", ".join(f"{count} {name}" for name, count in self.train.dialects.items())
         notes = "".join(f"; {count} x {note}" for note, count in self.train.notes.items())
         held = "".join(f", {len(rows)} in {name}" for name, (_, rows) in self.eval_sets.items())
@@ -52,7 +54,7 @@ class Rows:
 
     @property
     def sha256(self) -> str:
-        """Of all that is trained on and its weights: a resumed run must read the same rows."""
+        """Hash of the training files and their weights: a resumed run must read the same rows."""
         found = [[file["sha256"], file["weight"]] for file in self.files[: len(self.train.parts)]]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
@@ -97,26 +99,29 @@ def open_rows(
     bad_path = folder / "bad_rows.jsonl"
     if not resumed:
         bad_path.unlink(missing_ok=True)
-    rows, rules = None, reading(vars(config), family, takes)
-    sets = [("train", open_sources(config.data_path))]
-    evaluated = open_sources(config.eval_path) if config.eval_path else []
-    sets += [("eval", list(entry)) for _, entry in groupby(evaluated, lambda source: source.entry)]
-    sets += [("test", open_sources(config.test_path))] if config.test_path else []
-    name_apart([source for _, sources in sets for source in sources])
-    for kind, sources in sets:
+    known = bad_path.read_text(encoding="utf-8").splitlines() if bad_path.exists() else []
+    rows = Rows(bad_path, config.on_bad_row, [json.loads(line) for line in known])
+    rules = reading(vars(config), family, takes)
+    trained, evaluated, tested = (
+        open_sources(path) if path else [] for path in (config.data_path, config.eval_path, config.test_path)
+    )
+    name_apart([*trained, *evaluated, *tested])
+
+    def open_set(sources: list[Source]) -> tuple[Records, Lengths]:
+        """The good rows of a set and their lengths; its bad ones are accounted for."""
         records = read_sources(sources, **rules)
         lengths = measure_rows(records, config, family)
-        if rows is None:
-            rows = Rows(records, lengths, bad_path, config.on_bad_row)
-            if bad_path.exists():
-                rows.bad = [json.loads(line) for line in bad_path.read_text(encoding="utf-8").splitlines()]
         refuse_rows(rows, records, lengths, config, family)
-        if kind == "test":
-            rows.test_set = records, weigh(records, lengths.kept, config.seed)
-        elif kind == "eval":
-            name = unique_name(Path(sources[0].entry).stem, rows.eval_sets)
-            rows.eval_sets[name] = records, weigh(records, lengths.kept, config.seed)
         rows.files += [part.describe() for part in records.parts]
+        return records, lengths
+
+    rows.train, rows.lengths = open_set(trained)
+    for entry, sources in groupby(evaluated, lambda source: source.entry):
+        records, lengths = open_set(list(sources))
+        rows.eval_sets[unique_name(Path(entry).stem, rows.eval_sets)] = records, weigh(records, lengths.kept, config.seed)
+    if tested:
+        records, lengths = open_set(tested)
+        rows.test_set = records, weigh(records, lengths.kept, config.seed)
     if config.eval_split:
         hold_out(rows, config.eval_split, config.seed, family)
     rows.lengths.kept = weigh(rows.train, rows.lengths.kept, config.seed)
@@ -134,7 +139,7 @@ def reading(settings: dict[str, Any], family: Any, takes: Collection[str] = KIND
 
 
 def weigh(records: Records, kept: list[int], seed: int) -> list[int]:
-    """The kept rows as often as the weight of their source says; of a fraction, a share drawn by the seed."""
+    """The kept rows, repeated by the weight of their source; the weight's fraction is a share of them drawn by the seed."""
     if all(part.source.weight == 1 for part in records.parts):
         return kept
     weighed = []
@@ -153,8 +158,7 @@ def counter(family: Any) -> Callable[[Record], list[tuple[int, int]]]:
 
 def measure_rows(records: Records, config: Any, family: Any) -> Lengths:
     """Lengths of a file's rows under this run's limits."""
-    limit = None if config.max_length == "auto" else config.max_length
-    return measure(records, counter(family), family.picture_positions, limit, config.max_text_length)
+    return measure(records, counter(family), family.picture_positions, config.length_limit, config.max_text_length)
 
 
 def refuse_rows(rows: Rows, records: Records, lengths: Lengths, config: Any, family: Any) -> None:

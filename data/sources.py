@@ -20,11 +20,11 @@ from data.turns import MAX_ROW_BYTES, Problem, are_turns, decode
 
 TEXT_COLUMNS = {"prompt", "query", "completion", "text", "instruction", "input", "context", "output", "response", "chosen",
                 "rejected", "ground_truth"}  # of a csv: text even where it looks like a JSON list or object, but for turns
-Piece = tuple[int, int, int, object]  # number of a row, where it lies (byte offset, size; 0, 0 in a table), what lies there
+RawRow = tuple[int, int, int, object]  # number of a row, byte offset and size (0, 0 in a table), and what lies there
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in one pass with little memory."""
+    """Hash of a file's bytes, in one pass with little memory."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**22):
@@ -41,18 +41,18 @@ class Source:
     def __init__(self, path: Path):
         self.path, self.folder, self.name = path, path.parent, path.name
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[RawRow]:
         """Every row, in order. UserError for a file that does not come apart into rows."""
         raise NotImplementedError
 
     def read(self, number: int, start: int, size: int) -> object:
-        """What lies at one place."""
+        """The raw row at one place of the file."""
         with open(self.path, "rb") as file:
             file.seek(start)
             return file.read(min(size, MAX_ROW_BYTES + 1))
 
     def parse(self, raw: object) -> object:
-        """What lies at a place as a row. Raises Problem."""
+        """A raw row, of pieces() or read(), as a Python object. Raises Problem."""
         return decode(raw, is_row=True)
 
     def stamp(self) -> list:
@@ -61,14 +61,14 @@ class Source:
         return [os.path.realpath(self.path), found.st_size, found.st_mtime_ns]
 
     def sha256(self) -> str:
-        """Of all that the rows are read from."""
+        """Hash of all that the rows are read from."""
         return sha256_of(self.path)
 
 
 class Lines(Source):
     """One JSON row a line; the number is that of the line in the file, blank lines counted."""
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[RawRow]:
         with open(self.path, "rb") as file:
             number = offset = 0
             while line := file.readline(MAX_ROW_BYTES + 1):
@@ -87,14 +87,14 @@ class Array(Source):
         super().__init__(path)
         self.begin = begin
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[RawRow]:
         return split_array(self.path, self.begin)
 
 
 class Document(Source):
     """A file that is one JSON object: one row, or a recorded run of which every step is one (number: the step)."""
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[RawRow]:
         with open(self.path, "rb") as file:
             raw = file.read(MAX_ROW_BYTES + 1)
         for number, row in enumerate(self.expand(raw), 1):
@@ -111,7 +111,7 @@ class Document(Source):
 
     @staticmethod
     def expand(raw: bytes) -> list:
-        """The rows that the first dialect that knows such a file makes of it, else itself as the one row, or its Problem."""
+        """The rows that the first dialect with an expand() for it makes of the document, else it alone, or its Problem."""
         found = [getattr(module, "expand", None) for name, module in sys.modules.items() if name.startswith("data.dialect_")]
         try:
             document = decode(raw, is_row=True)
@@ -122,8 +122,8 @@ class Document(Source):
 
 class Sheet(Source):
     """A csv file with names in its first row, which shows what separates cells: most often commas, semicolons or tabs. The
-    number is that of the line a row begins on. A cell is text, or the JSON list or object that it holds (in TEXT_COLUMNS that
-    has to be turns); an empty one is none.
+    number is that of the line a row begins on. A cell is text, or the JSON list or object in it (in TEXT_COLUMNS that has to
+    be turns); an empty one is left out.
     """
 
     def __init__(self, path: Path):
@@ -139,12 +139,12 @@ class Sheet(Source):
         if twice := [name for name in self.columns if name and self.columns.count(name) > 1]:
             raise UserError(f"{path} has two columns called {twice[0]!r}; rename or remove one")
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[RawRow]:
         rows = self._split()
         next(rows, None)
         return rows
 
-    def _split(self) -> Iterator[Piece]:
+    def _split(self) -> Iterator[RawRow]:
         """Rows are cut by the csv reader itself, for a quoted cell may hold line ends. UserError where such a cell goes wrong:
         its quote may have taken the rows behind it in."""
         taken: list[bytes] = []  # the lines that the reader asked for until it had a row

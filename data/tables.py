@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.errors import UserError
-from data.sources import Piece, Source
+from data.sources import RawRow, Source
 from data.turns import Problem
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Parquet(Table):
         super().__init__(path)
         self.first_rows = list(accumulate(group_rows, initial=0))
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[RawRow]:
         for group, first in enumerate(self.first_rows[:-1]):
             table = self.group(group)
             for start in range(0, len(table), AT_ONCE):
@@ -91,7 +91,7 @@ class Arrow(Table):
         self.dataset, self.name, self.is_file = dataset.with_format("arrow"), name, path is not None
         self.folder = path.parent if path else Path()
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[RawRow]:
         rows = (row for table in self.dataset.iter(AT_ONCE) for row in self.rows_of(table))
         for number, row in enumerate(rows, 1):
             yield number, 0, 0, row

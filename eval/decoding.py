@@ -136,14 +136,14 @@ class Decoding:
             self.chosen[rows], self.logprobs[rows] = self.pick(logits, drawn[rows])
 
     def feed(self) -> None:
-        """Run `tokens` at the current column and choose what follows. What it reads it leaves alone, so it may run again."""
+        """Run `tokens` at the current column and choose what follows. It changes nothing that it reads, so it may run again."""
         rows = slice(self.cache.num_rows)
         self.seen.index_fill_(1, self.cache.places, True)
         embeddings = self.model.net.get_input_embeddings()(self.tokens[rows, None])  # (B, 1, D)
         self._choose(self._hidden(embeddings, self.last[rows, None]))
 
     def advance(self) -> None:
-        """On to the next column, with the chosen tokens; a further block of columns is shown where the last one is full."""
+        """Move to the next column with the chosen tokens; one more block of columns is shown when the last one is full."""
         self.tokens.copy_(self.chosen)
         self.last += 1
         self.cache.places += 1
@@ -153,7 +153,7 @@ class Decoding:
             self.cache.show_columns(min((self.column // block + 1) * block, self.cache.size[1]))
 
     def keep(self, slots: list[int], num_rows: int) -> list[int]:
-        """Go on in the first num_rows slots: those of `slots` that lie behind move into gaps. Where each of `slots` is now."""
+        """Keep `slots`, all within the first num_rows: those beyond move into gaps. Returns where each of `slots` is now."""
         behind = [slot for slot in slots if slot >= num_rows]
         gaps = sorted(set(range(num_rows)) - set(slots))[: len(behind)]
         self.cache.num_rows = num_rows
@@ -167,7 +167,7 @@ class Decoding:
 
 
 def decode(decoding: Decoding, stops: list[int]) -> tuple[list[list[int]], list[list[float]]]:
-    """(ids, log-probabilities) of each row, until a stop id or as many tokens as there are numbers drawn for."""
+    """(ids, log-probabilities) of each row, until a stop id or for the max_new_tokens that `uniform` has numbers for."""
     step = Replay(decoding.feed, graphs_of(decoding.model.device))
     num_rows, max_new_tokens = decoding.uniform.shape
     ids: list[list[int]] = [[] for _ in range(num_rows)]
@@ -194,8 +194,8 @@ def decode(decoding: Decoding, stops: list[int]) -> tuple[list[list[int]], list[
 
 class Replay:
     """A function of fixed buffers, without arguments or a result, that runs plainly or, with graphs, is recorded at the
-    second call with a shape and replayed from then on. It must come to the same when it is run twice. Rows only leave and
-    columns only come, so a shape does not return: its recording is dropped, whose memory the next one would not fit."""
+    second call with a shape and replayed from then on. Running it twice must have the effect of once. Rows only leave and
+    columns only come, so a shape never returns: its recording is dropped, beside which the next one might not fit."""
 
     def __init__(self, function: Callable[[], None], graphs: "Graphs | None"):
         self.function, self.graphs = function, graphs

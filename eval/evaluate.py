@@ -33,8 +33,8 @@ BATCHES_AT_ONCE = 4  # of examples in memory with their pictures: sorting by len
 
 @dataclass
 class Evaluation:
-    """figures: name -> value over all rows (num_rows, num_problems, num_tokens, with a stage loss and its own, with a task
-    stop_rate and its own); lines: one dict a row that was answered or has a problem."""
+    """figures: name -> value over all rows: num_rows, num_problems, num_tokens; with a stage the loss and its figures; with a
+    task stop_rate, answer_tokens and its figures. lines: one dict for each answer and for each row with a problem."""
 
     figures: dict[str, float]
     of_stage: list[str] = field(default_factory=list)  # the names of the stage's figures
@@ -48,7 +48,6 @@ def evaluate(
     *,
     stage: Any = None,
     max_new_tokens: int | None = None,
-    max_length: int | None = None,
     batch_tokens: int = 16384,
     sampling: dict[str, Any] | None = None,
     others: dict[str, dict] | None = None,
@@ -60,7 +59,7 @@ def evaluate(
     An answer is one line {**extra, id, where, image?, prompt, response, label, truth?, stopped, answer_tokens, scores..,
     sample?}, a row with a problem {**extra, id, where, problem}; lines go to output.write() as JSON. sampling holds settings of
     generate(), several samples of a row included; None is one greedy answer. others: where -> another model's line, for a
-    task that compares. A row longer than max_length is a problem, as it is in training; a problem to be solved has no
+    task that compares. A row that the stage refuses is a problem, as it is in training; a record of kind "problem" has no
     loss. batch_tokens bounds the positions that run at once. Runs in the caller's autocast; the modules' modes are put
     back, and no shared random state is drawn from.
     """
@@ -75,18 +74,20 @@ def evaluate(
             output.write(json.dumps(lines[-1], ensure_ascii=False) + "\n")
 
     def encode(record: Record) -> Any:
-        return stage.encode(record) if stage and record.kind != "problem" else encode_row(model.family, record, max_length)
+        return stage.encode(record) if stage and record.kind != "problem" else encode_row(model.family, record)
 
-    if task is not None and task.measure is not None:
+    asked = records
+    if task is not None and task.measure is not None:  # it asks for no answers
         task.measure(model, records, others, write)
+        asked = []
     with tqdm(total=len(records), desc="evaluate", leave=False, disable=None) as bar:
-        asked = [] if task is not None and task.measure is not None else records
         for rows in cut(encode_rows(encode, asked, write), BATCHES_AT_ONCE * batch_tokens):
             num_tokens += sum(example.num_supervised for _, example in rows)
             if stage is not None:
                 trained = [example for _, example in rows if example.num_supervised]
                 total += stage.denominator(trained)
                 sums.update(stage_sums(model, stage, trained, batch_tokens))
+                # what is asked from here on: of a preference the chosen side
                 rows = [(r, stage.sequences(example)[0] if example.num_supervised else example) for r, example in rows]
             if task is not None:
                 for line in answer_lines(model.family, task, rows, partial(ask, first_prompt=num_asked), others or {}):
@@ -130,11 +131,11 @@ def encode_rows(
             write({"id": record.id, "where": record.where, "problem": str(error)})
 
 
-def encode_row(family: Family, record: Record, max_length: int | None = None) -> Example:
+def encode_row(family: Family, record: Record) -> Example:
     """A record up to its last trained answer; of a problem the prompt, which has no label."""
     if record.kind == "problem":
         return family.encode_prompt(record.messages, record.tools)
-    return family.encode(up_to_answer(record.messages), record.tools, max_length)
+    return family.encode(up_to_answer(record.messages), record.tools)
 
 
 def up_to_answer(messages: list[dict]) -> list[dict]:

@@ -29,22 +29,25 @@ NO_SHARES = ("answer_tokens", "num_answers", "margin", "chosen_logp", "rejected_
 
 
 class Examiner:
-    """The evaluation sets of one run, what was found on them before, and the report."""
+    """The evaluation sets of one run, their figures and answers so far, and the report."""
 
     def __init__(
         self, config: Any, model: Model, stage: Any, rows: Rows, precision: Any, journal: Journal, state: State
     ):
-        """stage is whose loss is asked for; state is where the run stands: lines of outputs/ that a resumed run will write
-        again are dropped, and what was found before the first step is read from the journal."""
+        """stage: whose loss is computed. state: where the run stands."""
         self.config, self.model, self.stage, self.rows, self.precision = config, model, stage, rows, precision
-        self.journal, self.state, step = journal, state, state.step
-        self.folder = Path(config.output_dir)
+        self.journal, self.state, self.folder = journal, state, Path(config.output_dir)
         self.task: Task | None = None
         if config.predict_with_generate or rows.test_set:
             self.task = stage.task if config.eval_task == "auto" and stage.task else find_task(config.eval_task)
         self.figures: dict[str, dict[str, dict[str, float]]] = {}  # when -> set -> figure -> value
         self.lines: dict[str, dict[str, list[dict]]] = {}  # when -> set -> lines
         self.files: dict[str, PatientFile] = {}  # set -> outputs/<set>.jsonl
+        self._restore(state.step)
+
+    def _restore(self, step: int) -> None:
+        """Drop the lines of outputs/ from after this step, which the run writes again; what was found before the first step is
+        read from them and from the journal."""
         for path in (self.folder / "outputs").glob("*.jsonl"):
             whole = path.read_bytes().rpartition(b"\n")[0]  # a kill may have torn the last line
             lines = map(json.loads, whole.splitlines())  # of bytes: text is split at U+2028 and the like too
@@ -53,7 +56,7 @@ class Examiner:
             self.lines.setdefault("before", {})[path.stem] = before
             with whole_file(path) as file:
                 file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in kept)
-        for record in read_journal(journal.path):
+        for record in read_journal(self.journal.path):
             if record.get("event") == "eval" and record["step"] == 0:
                 found = {key: value for key, value in record.items() if key not in ("event", "step", "set", "seconds")}
                 self.figures.setdefault("before", {})[record["set"]] = found
@@ -79,7 +82,7 @@ class Examiner:
     def _examine_set(self, step: int, when: str, name: str, records: list, answers: bool) -> None:
         started = time.perf_counter()
         file = self.files.setdefault(name, PatientFile(self.folder / "outputs" / f"{name}.jsonl"))
-        file.write("")  # there, though no answers may be asked for
+        file.write("")  # the file is made even where no answers are asked for
         found = self._evaluate(file, records, self.task if answers else None, {"when": when, "step": step})
         shown = {f"eval_{key}" if key in found.of_stage else key: value for key, value in found.figures.items()}
         self.figures.setdefault(when, {})[name] = shown
@@ -88,7 +91,7 @@ class Examiner:
         self.journal.say(f"{name} at step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
 
     def _evaluate(self, file: PatientFile, records: list, task: Task | None, extra: dict) -> Evaluation:
-        """evaluate(), once more with half the positions at once where the memory does not do: no run dies of this."""
+        """evaluate(), and after each out of memory again with half the positions at once: no run dies of this."""
         batch_tokens = self.state.micro_tokens
         place = file.place()
         while True:

@@ -67,8 +67,8 @@ def open_subject(
 
 
 def choose_settings(run: Path | None, **given: Any) -> dict[str, Any]:
-    """A run's settings, {} without one, and what is given instead of them (None: nothing). Where its pictures were, and its
-    cache of them, are not asked for: the rows are others."""
+    """A run's settings ({} without one), overridden by those given (None: not given). Its image_root and image_cache are
+    left out, because other rows are evaluated."""
     own = read_settings(run) | {"image_root": None, "image_cache": None}
     return own | {name: value for name, value in given.items() if value is not None}
 

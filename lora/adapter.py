@@ -1,4 +1,4 @@
-"""What of a model is trained: LoRA layers, a prefix, or its own weights by part; and the base behind them.
+"""Which parameters of a model are trained: LoRA layers, a prefix, or its own weights by part; and the base without them.
 
 LoRA layers are peft's, put into the network in place, so the network keeps its names and peft can open what is saved.
 peft matches target names by their ends, which would reach a vision tower's gate_proj along with the language model's;
@@ -18,7 +18,7 @@ from torch import nn
 
 from data.errors import UserError
 from model.family import Family, Model
-from model.quantize import dequantize, is_quantized, quiet_import
+from model.quantize import dequantize, is_quantized
 
 ADAPTER = "default"  # peft's name of an only adapter
 Row = tuple[str, int, int]  # part, trainable parameters, all parameters
@@ -76,7 +76,7 @@ class Prefix(nn.Module):
 
 
 def attach(model: Model, family: Family, settings: Settings) -> list[Row]:
-    """Make of the model what settings say, with requires_grad on exactly what is trained; returns trainable_table().
+    """Attach what settings ask for, and set requires_grad on exactly what is trained; returns trainable_table().
 
     Raises UserError for a target or part that matches nothing, and for DoRA on an 8-bit base.
     """
@@ -93,7 +93,7 @@ def attach(model: Model, family: Family, settings: Settings) -> list[Row]:
     return trainable_table(model)
 
 
-def freeze(model: Model, family: Family, freeze_vision: bool = False, freeze_projector: bool = False) -> None:
+def freeze(model: Model, family: Family, freeze_vision: bool, freeze_projector: bool) -> None:
     """Full fine-tuning: every weight is trained but those of the frozen parts. Raises UserError on a quantised base."""
     if any(is_quantized(module) for module in model.net.modules()):
         raise UserError("a quantised base is not trained itself: add --use_lora, or drop --use_8bit or --use_4bit")
@@ -170,8 +170,7 @@ def leaf_names(names: list[str]) -> list[str]:
 
 def inject(model: Model, settings: Settings, names: list[str]) -> None:
     """Freeze the base and put peft's LoRA layers around the named modules, trainable, in fp32."""
-    with quiet_import():
-        from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig, inject_adapter_in_model
 
     kinds = {type(model.net.get_submodule(name)).__name__ for name in names}
     if settings.use_dora and "Linear8bitLt" in kinds:

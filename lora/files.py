@@ -20,7 +20,7 @@ from data.errors import UserError
 from lora.adapter import ADAPTER, Settings, attach, inject, lora_layers
 from model.family import Family, Model
 from model.files import read_json
-from model.quantize import is_quantized, quiet_import
+from model.quantize import is_quantized
 from model.shards import whole_file, write_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -110,8 +110,7 @@ def adapter_config(model: Model, family: Family, settings: Settings, base_model:
     peft's AutoPeftModelForCausalLM builds the base by task_type, which knows no vision-language models; with task_type
     null and auto_mapping both of its automatic forms do. Prefix tuning exists in peft for CAUSAL_LM alone.
     """
-    with quiet_import():
-        from peft import LoraConfig, PrefixTuningConfig
+    from peft import LoraConfig, PrefixTuningConfig
 
     base = str(Path(base_model).resolve()) if Path(base_model).is_dir() else str(base_model)
     common = dict(base_model_name_or_path=base, inference_mode=True)

@@ -4,11 +4,12 @@ A micro-batch is one row of T tokens that holds several examples end to end. tra
 dense T x T mask and leaks between examples in four ways; here the boundaries are explicit. The function is registered
 with transformers' attention interface under the name "packed", so that its networks run packed rows unchanged: the
 segment lengths travel through the model's keyword arguments. On a card with flash attention one varlen kernel does the
-row; elsewhere runs of equally long segments go through one batched SDPA call each (a vision tower's windows are such
-a run). Costs sum(length^2) instead of T^2.
+row; elsewhere neighbouring segments of equal length share one batched SDPA call (the windows of a vision tower all do).
+Costs sum(length^2) instead of T^2.
 """
 
 import functools
+import inspect
 from itertools import accumulate, groupby
 
 import torch
@@ -46,20 +47,16 @@ def segment_attention(
         q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in piece)  # (n, H, L, K)
         if prefix is not None:
             k, v = (torch.cat([p.to(x).expand(count, -1, -1, -1), x], 2) for p, x in zip(prefix, (k, v), strict=True))
-        if q.is_cuda:  # SDPA's kernels for older cards and for masks take no grouped heads; what it falls back to holds (L, L)
+        if q.is_cuda:  # SDPA's memory-efficient kernel takes no grouped heads, and its fallback holds (L, L) scores
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        mask = causal_mask(length, k.shape[2], window, q.device) if causal and needs_mask(length, window, prefix) else None
+        needs_mask = causal and (prefix is not None or (window is not None and window < length))  # is_causal knows neither
+        mask = causal_mask(length, k.shape[2], window, q.device) if needs_mask else None
         out = sdpa(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # (n, H, L, K)
         rows.append(out.permute(0, 2, 1, 3).flatten(0, 1))  # (n * L, H, K)
     return torch.cat(rows) if len(rows) > 1 else rows[0]
-
-
-def needs_mask(length: int, window: int | None, prefix: object) -> bool:
-    """Whether a causal segment needs an explicit mask (SDPA's own flag means: square and unlimited)."""
-    return prefix is not None or (window is not None and length > window)
 
 
 def causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
@@ -71,38 +68,29 @@ def causal_mask(num_queries: int, num_keys: int, window: int | None, device: tor
 
 
 def fits_flash(query: torch.Tensor) -> bool:
-    """Whether the varlen kernel takes such heads: 16-bit, of a multiple of 8 channels, 256 at most (SDPA pads them itself)."""
+    """Whether the varlen kernel takes such heads: 16-bit, of a multiple of 8 channels, 256 at most (SDPA pads to that)."""
     return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
 
 
 @functools.cache
 def has_flash_attention(device: torch.device) -> bool:
-    """Whether this device and this torch run the varlen kernel: cards from Ampere on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and varlen_kernel() is not None
+    """Whether this device runs the varlen kernel: cards from Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
 def varlen_kernel():
-    """torch's varlen attention, told to take grouped heads; None where its arguments are named otherwise (before 2.11).
+    """torch's varlen attention with grouped heads: torch 2.12 and 2.13 ask for enable_gqa, 2.11 does without."""
+    from torch.nn.attention.varlen import varlen_attn
 
-    The kernel takes grouped heads in every release. 2.12 and 2.13 refuse them unless told; 2.11 has no word for it.
-    """
-    try:
-        import inspect
-
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    names = inspect.signature(varlen_attn).parameters
-    if not {"window_size", "scale"} <= set(names):
-        return None
-    return functools.partial(varlen_attn, enable_gqa=True) if "enable_gqa" in names else varlen_attn
+    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return functools.partial(varlen_attn, enable_gqa=True) if grouped else varlen_attn
 
 
 @functools.lru_cache(maxsize=16)
 def segment_ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """(n + 1,) where the segments begin and the last one ends. Every block of a row asks for the same, and each upload would
-    wait for all that the card has been asked for."""
+    """(n + 1,) boundaries of the segments, on the device. Kept, because every block of the network asks for the same ones and
+    each copy to a card waits until its queue is empty."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 

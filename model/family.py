@@ -1,8 +1,8 @@
-"""What a model family has to say for itself, and the one network class that training, evaluation and merging use.
+"""Family, the interface of a model family, and Model, the one network class that training, evaluation and merging use.
 
-A family is one file in model/families/ with one subclass of Family. Everything outside asks only what is defined here,
-so a sixth model is one new file. Inside, everything runs packed: one row of T tokens holds several examples end to end,
-the boundaries are explicit, and there is no padding anywhere.
+A family is one file in model/families/ with one subclass of Family. The rest of the project uses only what is defined
+here, so a new model is one new file. Inside, everything runs packed: one row of T tokens holds several examples end to
+end, the boundaries are explicit, and there is no padding anywhere.
 """
 
 import importlib
@@ -63,17 +63,17 @@ class Family:
     def tiny_files(cls) -> dict[str, dict]:
         """To define: the JSON files of a tiny checkpoint in the hub's original form, config.json with it. Its keys
         ..._token_id (those of text_config too) hold the token's text; model/tiny.py puts the ids there, and vocab_size."""
-        raise NotImplementedError(f"family {cls.name} has no tiny form")
+        raise NotImplementedError
 
     # ---- network ----------------------------------------------------------------------------------------------------
 
     def build(self) -> nn.Module:
         """To define: the network with transformers' module names; called on the meta device."""
-        raise NotImplementedError(f"family {self.name} does not build a network")
+        raise NotImplementedError
 
     def decoder(self, net: nn.Module) -> nn.Module:
         """To define: the language model without its head (takes inputs_embeds, position_ids, lengths)."""
-        raise NotImplementedError(f"family {self.name} names no decoder")
+        raise NotImplementedError
 
     def embed(self, net: nn.Module, packed: Packed) -> torch.Tensor:
         """Input embeddings of a packed row, pictures in their places: (T, D), or wider by what the decoder itself splits
@@ -132,12 +132,12 @@ class Family:
 
     def render(self, messages: list[dict], tools: list | None) -> list[tuple[list[int], bool]]:
         """To define: (ids, trained) pieces of a conversation, one placeholder id for each picture."""
-        raise NotImplementedError(f"family {self.name} renders no conversation")
+        raise NotImplementedError
 
     @property
     def stop_ids(self) -> list[int]:
         """To define: ids that end an answer."""
-        raise NotImplementedError(f"family {self.name} names no stop ids")
+        raise NotImplementedError
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
 
@@ -168,6 +168,10 @@ class Family:
         """To define for vision: how many positions each picture of an example takes."""
         return []
 
+    def picture_ids(self, pixels: dict[str, torch.Tensor]) -> list[list[int]]:
+        """The ids that take the place of each picture's placeholder: as many placeholders as the picture has positions."""
+        return [[self.image_token_id] * count for count in self.count_positions(pixels)]
+
     def positions(self, input_ids: torch.Tensor, pixels: dict[str, torch.Tensor]) -> torch.Tensor:
         """Position ids of one example: (T,), or (3, T) where pictures count in two dimensions."""
         return torch.arange(len(input_ids))
@@ -183,11 +187,11 @@ class Family:
         return text, sum(self.picture_positions(width, height) for width, height in image_sizes)
 
     def outline(self, messages: list[dict], tools: list | None, image_sizes: list[tuple[int, int]]) -> tuple[int, int, int]:
-        """(text, picture, supervised) positions of a conversation, pictures not opened. UserError where encode() has one
-        that no pixel decides."""
+        """(text, picture, supervised) positions of a conversation, pictures not opened. Raises the UserErrors of encode()
+        that do not depend on pixels."""
         num_pictures = sum(self.picture_positions(width, height) for width, height in image_sizes)
-        pieces = expand_pictures(self.render(messages, tools), self.image_token_id, [0] * len(image_sizes))
-        check_ids(max((max(ids, default=0) for ids, _ in pieces), default=0), self.text_config["vocab_size"], self.folder)
+        pieces = expand_pictures(self.render(messages, tools), self.image_token_id, [[]] * len(image_sizes))
+        check_ids(max((i for ids, _ in pieces for i in ids), default=0), self.text_config["vocab_size"], self.folder)
         return sum(len(ids) for ids, _ in pieces), num_pictures, sum(len(ids) for ids, trained in pieces if trained)
 
     # ---- examples ---------------------------------------------------------------------------------------------------
@@ -195,7 +199,7 @@ class Family:
     def encode(
         self, messages: list[dict], tools: list | None = None, max_length: int | None = None, *, id: str = "", where: str = ""
     ) -> Example:
-        """A conversation as ids, labels, pixels and positions (contract 4 of the README's Python section).
+        """A conversation as ids, labels, pixels and positions.
 
         Raises UserError, with the row's place in front, for a conversation that the template cannot render, for marks
         and pictures that do not agree, and for a row longer than max_length positions (rows are never cut).
@@ -214,11 +218,9 @@ class Family:
         return example
 
     def _encode(self, messages: list[dict], tools: list | None) -> Example:
-        pictures = [self.picture(image) for image in images_of(messages)]
-        pieces = self.render(messages, tools)
-        pixels = self.join_pixels([tensors for tensors, _ in pictures])
-        input_ids, labels = mask(expand_pictures(pieces, self.image_token_id, [count for _, count in pictures]))
-        return self.example(input_ids, labels, pixels)
+        pixels = self.join_pixels([self.picture(image)[0] for image in images_of(messages)])
+        pieces = expand_pictures(self.render(messages, tools), self.image_token_id, self.picture_ids(pixels))
+        return self.example(*mask(pieces), pixels)
 
     def example(
         self, input_ids: Iterable[int], labels: Iterable[int], pixels: dict[str, torch.Tensor] | None = None
@@ -241,18 +243,14 @@ class Family:
         return [model.logits([example])[0] for example in examples]
 
     def answer_text(self, text: str) -> str:
-        """What of a generated text is the message's content: all of it, unless a template opens answers itself."""
+        """The message's content in a generated text: all of it, unless the template itself writes an answer's first words."""
         return text
 
     def answer_start(self, example: Example) -> int:
         """Where the last trained answer begins (the end, where there is none): the number of ids that generation feeds."""
-        trained = (example.labels != NO_LOSS).tolist()
-        if not any(trained):
-            return len(trained)
-        place = len(trained) - trained[::-1].index(True)
-        while place > 0 and trained[place - 1]:
-            place -= 1
-        return place
+        trained = (example.labels != NO_LOSS).int()  # (T,)
+        starts = (trained.diff(prepend=trained.new_zeros(1)) == 1).nonzero()
+        return int(starts[-1]) if len(starts) else len(trained)
 
     def prompt_of(self, example: Example) -> Example:
         """An example up to its last trained answer, pictures included."""
@@ -353,12 +351,14 @@ def images_of(messages: list[dict]) -> list:
     return [item["image"] for content in contents for item in content if item["type"] == "image"]
 
 
-def expand_pictures(pieces: list[tuple[list[int], bool]], token: int | None, counts: list[int]) -> list[tuple[list[int], bool]]:
-    """Each picture's one placeholder id becomes as many as the picture has positions."""
+def expand_pictures(
+    pieces: list[tuple[list[int], bool]], token: int | None, pictures: list[list[int]]
+) -> list[tuple[list[int], bool]]:
+    """Put each picture's ids in the place of its one placeholder, `token`."""
     marks = sum(ids.count(token) for ids, _ in pieces) if token is not None else 0
-    if marks != len(counts):
-        raise UserError(f"the rendered conversation has {marks} picture marks for {len(counts)} pictures; they must agree")
-    if not counts:
+    if marks != len(pictures):
+        raise UserError(f"the rendered conversation has {marks} picture marks for {len(pictures)} pictures; they must agree")
+    if not pictures:
         return pieces
-    left = iter(counts)
-    return [([i for t in ids for i in ([t] * next(left) if t == token else [t])], trained) for ids, trained in pieces]
+    left = iter(pictures)
+    return [([i for t in ids for i in (next(left) if t == token else [t])], trained) for ids, trained in pieces]

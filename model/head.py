@@ -43,7 +43,8 @@ def per_token(
 
 def sequence_logprobs(model: "Model", packed: "Packed", temperature: float = 1.0) -> torch.Tensor:
     """sum_t log p(token_t | tokens before it) over the supervised tokens of each example of a packed row: (S,) fp32."""
-    (where, target), function = packed.supervised(), partial(negative_log_likelihood, temperature=temperature)
+    where, target = packed.supervised()
+    function = partial(negative_log_likelihood, temperature=temperature)
     return -sum_by_example(per_token(model.hidden(packed), model.head_weight, function, where, target), packed, where)
 
 

@@ -7,8 +7,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+import model.attention  # noqa: F401 - registers "packed"
 from data.errors import UserError
-from model.attention import AttentionInterface  # noqa: F401 - registers "packed"
 from model.family import Family, Model, Options, find_family
 from model.quantize import QUANTS, is_quantized, quantize_linears, quantized_weight
 from model.shards import DTYPES, INDEX, SINGLE, Shards, plan_shards, write_shards
@@ -76,7 +76,7 @@ def stored(net: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def expected_tensors(family: Family, net: nn.Module) -> dict[str, torch.Size]:
-    """Tensor name in the checkpoint -> shape, of all that is stored (a tied head is none of its own)."""
+    """Tensor name in the checkpoint -> shape, of all that is stored (a tied head has no tensor of its own)."""
     tied = is_tied(net)
     head = next(n for n, m in net.named_modules() if m is net.get_output_embeddings())
     return {family.tensor_name(n): t.shape for n, t in stored(net).items() if not (tied and n == f"{head}.weight")}
@@ -164,6 +164,3 @@ def copy_companions(source: Path, target: Path) -> None:
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name.endswith(".index.json")
         if path.is_file() and not weights:
             shutil.copyfile(path, target / path.name)
-
-
-__all__ = ["load", "save", "fill", "build_on_meta", "expected_tensors", "copy_companions", "is_tied", "INDEX", "SINGLE"]

@@ -5,40 +5,29 @@ weight. The network is built on the meta device, its linear layers are replaced 
 is quantised as it arrives, so the 16-bit model never exists in memory. Quantisation saves memory, not time: int8 costs
 about 30 % over bf16 at large batches here and more on some cards.
 
-An 8-bit layer computes with its weight made 16-bit for the moment. bitsandbytes' own product does so when training on a
+An 8-bit layer computes with a 16-bit copy of its weight, made for each product. bitsandbytes does so when training on a
 CPU; on a card, and in eval mode, it rounds the inputs to 8 bits as well, passes them through fp16, waits for the card at
-every layer to look for outliers, and says so each time. So a model would be trained and evaluated with other numbers.
+every layer to look for outliers, and says so each time: training and evaluation would compute with different numbers.
 A 4-bit layer never leaves training mode: in eval mode on a CPU its weight is repacked in place and dequantises to garbage
 afterwards. The layers hold no dropout and no statistics: nothing else changes.
 """
 
 import functools
 import logging
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 QUANTS = ("8bit", "4bit")
-
-
-@contextmanager
-def quiet_import():
-    """bitsandbytes logs a line for each optional CPU kernel that it does not find; they change nothing for us."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+# when it is imported, bitsandbytes warns of each optional CPU kernel that it does not find
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def quantize_linears(net: nn.Module, names: list[str], quant: str, compute_dtype: torch.dtype) -> None:
     """Replace the named nn.Linear layers of a network on meta by empty bitsandbytes layers of the same shape."""
-    with quiet_import():
-        import bitsandbytes as bnb
+    import bitsandbytes as bnb
+
     for name in names:
         parent, _, leaf = name.rpartition(".")
         old = net.get_submodule(name)
@@ -76,7 +65,7 @@ def eight_bit_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class _EightBitProduct(torch.autograd.Function):
-    """x W^T for a frozen W: W is made again in backward, so that of all this only the bytes stay in memory."""
+    """x W^T for a frozen W, which is dequantised again in backward: only its 8-bit form stays in memory."""
 
     @staticmethod
     def forward(ctx, x, weight):

@@ -8,7 +8,7 @@ because it is written under a temporary name, flushed to disk and renamed.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -83,10 +83,6 @@ class Shards:
         """Shard files in the order in which the tensors name them."""
         return list(dict.fromkeys(self.file_of.values()))
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name -> shape, from the headers alone."""
-        return {name: shape for name, (shape, _) in self.headers().items()}
-
     def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Tensor name -> (shape, safetensors dtype such as "BF16"), from the headers alone."""
         headers = {}
@@ -160,23 +156,27 @@ def make_header(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | Non
     return len(text).to_bytes(8, "little") + text
 
 
-def aligned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors in the order of a file, wide elements first: so each starts at a multiple of its element's size."""
-    return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-
-
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's values as they lie in a file."""
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
+def file_chunks(
+    tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, tensor by tensor: the library's save_file would copy all of a card's at once.
+
+    Wide elements come first, so that each tensor starts at a multiple of its element's size.
+    """
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    yield make_header(tensors, metadata)
+    yield from map(tensor_bytes, tensors.values())
+
+
 def write_file(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file, whole or not at all; a tensor on a card crosses alone, so one tensor is in memory twice."""
-    tensors = aligned(tensors)
+    """One safetensors file, whole or not at all."""
     with whole_file(path) as file:
-        file.write(make_header(tensors, metadata))
-        for tensor in tensors.values():
-            file.write(tensor_bytes(tensor))
+        file.writelines(file_chunks(tensors, metadata))
 
 
 def write_shards(folder: str | Path, tensors: dict[str, torch.Tensor], plan: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from data.batches import pack_row
 from model import attention, load_model
-from model.attention import segment_attention, varlen_kernel
+from model.attention import segment_attention
 from model.checkpointing import checkpoint, checkpoint_blocks
 from model.head import negative_log_likelihood, per_token
 from model.tiny import write_tiny
@@ -59,7 +59,7 @@ def test_segments_equal_a_dense_mask(causal, window, num_prefix, heads):
             torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or varlen_kernel() is None, reason="no card with a varlen kernel")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no card with a varlen kernel")
 @pytest.mark.parametrize("causal", [True, False])
 def test_varlen_kernel_equals_segments(causal):
     q, k, v = (torch.randn(h, 40, 64, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2))
@@ -69,7 +69,7 @@ def test_varlen_kernel_equals_segments(causal):
     torch.testing.assert_close(ours.double().cpu(), theirs, atol=2e-2, rtol=0)
 
 
-@pytest.mark.parametrize("release", ["2.10", "2.11", "2.13"])
+@pytest.mark.parametrize("release", ["2.11", "2.13"])
 def test_the_kernel_is_called_as_each_release_of_torch_wants(monkeypatch, release):
     """On a card the row's segments go to torch's varlen_attn; its arguments are those of the release's own signature."""
 
@@ -79,9 +79,6 @@ def test_the_kernel_is_called_as_each_release_of_torch_wants(monkeypatch, releas
         q, k, v = (x.transpose(0, 1).float() for x in (query, key, value))
         return dense_attention(q, k, v, [9, 30, 1], window_size == (-1, 0), scale, None, None).to(query.dtype)
 
-    def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-        raise AssertionError("cannot be told a scale")
-
     def varlen_2_11(q, k, v, sq, sk, mq, mk, *, return_aux=None, scale=None, window_size=(-1, -1)):
         return attend(q, k, v, sq, sk, mq, mk, scale, window_size)
 
@@ -89,12 +86,11 @@ def test_the_kernel_is_called_as_each_release_of_torch_wants(monkeypatch, releas
         assert enable_gqa or q.shape[1] == k.shape[1]
         return attend(q, k, v, sq, sk, mq, mk, scale, window_size)
 
-    kernel = {"2.10": varlen_2_10, "2.11": varlen_2_11, "2.13": varlen_2_13}[release]
+    kernel = {"2.11": varlen_2_11, "2.13": varlen_2_13}[release]
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     attention.varlen_kernel.cache_clear()
-    monkeypatch.setattr(attention, "has_flash_attention", lambda device: attention.varlen_kernel() is not None)
+    monkeypatch.setattr(attention, "has_flash_attention", lambda device: True)
     try:
-        assert (attention.varlen_kernel() is None) == (release == "2.10")
         for key_heads, size, causal in ((2, 64, True), (8, 64, False), (2, 20, True)):  # 20 channels fit no flash kernel
             q, k, v = (torch.randn(h, 40, size).bfloat16() for h in (8, key_heads, key_heads))
             ours = segment_attention(q, k, v, [9, 30, 1], causal=causal, scale=0.125)

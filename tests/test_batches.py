@@ -88,7 +88,7 @@ def test_encoded_returns_a_bad_rows_error():
             raise UserError("row 2 is bad")
         return example(record.length)
 
-    rows = Encoded(list(map(Named, [3, "bad", 5])), encode)
+    rows = Encoded(list(map(Named, [3, "bad", 5])), encode, [0, 1, 2])
     assert len(rows) == 3 and len(rows[0]) == 3 and isinstance(rows[1], UserError)
     assert (rows[1].where, rows[1].id) == ("rows.jsonl:bad", "bad")
     assert [len(Encoded(list(map(Named, [3, "bad", 5])), encode, [2, 0])[i]) for i in range(2)] == [5, 3]

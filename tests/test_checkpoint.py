@@ -158,7 +158,7 @@ def test_pruning_keeps_the_newest_and_drops_what_a_rollback_left(tmp_path):
 
 
 def test_what_resume_means(tmp_path, capsys):
-    assert find_resume(tmp_path, None) is None and find_resume(tmp_path, "no") is None
+    assert find_resume(tmp_path, "no") is None
     assert find_resume(tmp_path, "yes") is None
     assert "starting fresh" in capsys.readouterr().out
     save(tmp_path, 200)
@@ -169,7 +169,7 @@ def test_what_resume_means(tmp_path, capsys):
     assert find_resume(tmp_path, str(old)) == old
     assert find_resume(tmp_path / "elsewhere", str(tmp_path)) == new
     with pytest.raises(UserError, match="holds a run .step-000400.*--resume yes"):
-        find_resume(tmp_path, None)
+        find_resume(tmp_path, "no")
     with pytest.raises(UserError, match="--resume 300.*step-000400, step-000200"):
         find_resume(tmp_path, "300")
     with pytest.raises(UserError, match="no whole checkpoint"):

@@ -134,7 +134,8 @@ def test_a_row_with_a_problem_is_listed_and_takes_no_other_rows_score(place, tmp
     def fails_on_boom(reply):
         return {"number": 1 / (reply.label != "boom")}
 
-    box = evaluate(model, open_records(rows), find_task("box"), max_new_tokens=2, max_length=100)
+    stage = sft.Stage(sft.Flags(), model, max_length=100)
+    box = evaluate(model, open_records(rows), find_task("box"), stage=stage, max_new_tokens=2)
     problems = {line["id"]: line["problem"] for line in box.lines if "problem" in line}
     assert set(problems) == {"t1", "t2", "t3"}
     assert "no box" in problems["t1"] and "--max_length 100" in problems["t2"]

@@ -13,8 +13,8 @@ HEART = [
     "model/quantize.py", "data/labels.py", "data/batches.py", "lora/merge.py", "training/precision.py",
     "training/checkpoint.py",
 ]  # fmt: skip
-HEART_LINES = 1680  # that are not blank
-FILE_LINES, FUNCTION_LINES, NESTING = 400, 90, 5
+HEART_LINES = 1650  # that are not blank
+FILE_LINES, FUNCTION_LINES, NESTING = 400, 65, 4
 
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if not any(part.startswith(".") for part in p.relative_to(ROOT).parts))
 OURS = [p for p in SOURCES if p.relative_to(ROOT).parts[0] != "tests"]

@@ -8,6 +8,7 @@ unpickling runs code. Costs one tensor of memory, 0.6-1.2 s of sha256 a GiB, and
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,8 @@ from pathlib import Path
 import torch
 
 from data.errors import UserError
-from model.shards import NAMES, aligned, make_header, read_header, tensor_bytes
+from data.sources import sha256_of
+from model.shards import NAMES, file_chunks, read_header, tensor_bytes
 
 MANIFEST = "manifest.json"
 STEP = re.compile(r"(?:\.replaced-)?step-(\d+)")  # a replaced checkpoint counts until its successor stands
@@ -42,7 +44,7 @@ def commit(
             if leftover.exists():
                 shutil.rmtree(leftover)
         os.makedirs(temporary)
-        written = {name: _write(temporary / name, _safetensors(content)) for name, content in tensors.items()}
+        written = {name: _write(temporary / name, file_chunks(content)) for name, content in tensors.items()}
         written |= {name: _write(temporary / name, [_json(content)]) for name, content in jsons.items()}
         _write(temporary / MANIFEST, [_manifest(step, written)])
         _sync_folder(temporary)
@@ -58,9 +60,11 @@ def commit(
     return None
 
 
-def newest_whole(folder: str | Path) -> Path | None:
-    """The newest checkpoint of an output folder whose every byte is as written, None if there is none."""
+def newest_whole(folder: str | Path, before: float = math.inf) -> Path | None:
+    """The newest checkpoint of a step below `before` whose every byte is as written, None if there is none."""
     for path in _candidates(folder):
+        if _step(path) >= before:
+            continue
         problem = find_problem(path)
         if problem is None:
             return path
@@ -68,13 +72,13 @@ def newest_whole(folder: str | Path) -> Path | None:
     return None
 
 
-def find_resume(folder: str | Path, resume: str | None) -> Path | None:
-    """The checkpoint that `--resume` means: "yes", a step number, an output folder or a checkpoint; None: start fresh.
+def find_resume(folder: str | Path, resume: str) -> Path | None:
+    """The checkpoint that `--resume` means (no, yes, a step number, an output folder or a checkpoint); None: start fresh.
 
     Raises UserError where what was asked for is absent or damaged, or where a fresh start would run over a run.
     """
     steps = [path.name for path in _candidates(folder)]
-    if resume in (None, "no"):
+    if resume == "no":
         if steps:
             raise UserError(f"{folder} holds a run ({steps[0]}): add --resume yes, or choose another --output_dir")
         return None
@@ -103,7 +107,7 @@ def find_problem(path: Path) -> str | None:
         listed = json.loads(manifest)["files"]
         if any(Path(name).name != name for name in listed):
             return f"{MANIFEST} names files outside the checkpoint"
-        found = {name: _digest(path / name) for name in listed}
+        found = {name: {"bytes": (path / name).stat().st_size, "sha256": sha256_of(path / name)} for name in listed}
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -165,14 +169,6 @@ def _prune(checkpoints: Path, step: int, keep: int) -> None:
             print(f"warning: the old checkpoint {path} could not be removed ({error.strerror})", file=sys.stderr)
 
 
-def _safetensors(tensors: Tensors) -> Iterable[bytes | memoryview]:
-    """The bytes of a safetensors file, tensor by tensor: the library's save_file would hold all of a card's at once."""
-    tensors = aligned(tensors)
-    yield make_header(tensors)
-    for tensor in tensors.values():
-        yield tensor_bytes(tensor)
-
-
 def _json(content: object) -> bytes:
     return json.dumps(content, indent=1).encode()
 
@@ -181,8 +177,8 @@ def _manifest(step: int, files: dict[str, dict]) -> bytes:
     return _json({"step": step, "files": files})
 
 
-def _write(path: Path, chunks: Iterable[bytes]) -> dict:
-    """Write a file through to the disk; returns its line of the manifest."""
+def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> dict:
+    """Write a file through to the disk; returns its entry of the manifest."""
     digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
         for chunk in chunks:
@@ -191,16 +187,6 @@ def _write(path: Path, chunks: Iterable[bytes]) -> dict:
             size += len(chunk)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _digest(path: Path) -> dict:
-    """The line of the manifest that a file on disk deserves."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            size += len(chunk)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

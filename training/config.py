@@ -132,6 +132,11 @@ class Config:
     print_config: bool = option(False, "print the resolved settings and stop", steers=False, recorded=False)
     stage_options: Any = None
 
+    @property
+    def length_limit(self) -> int | None:
+        """max_length as a number of positions; None where it is auto."""
+        return None if self.max_length == "auto" else self.max_length
+
 
 @dataclass
 class SeedKeys:

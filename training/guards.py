@@ -79,7 +79,7 @@ class Stop:
     """Turns SIGTERM and SIGINT into a wish: `requested` becomes true, and the loop ends after its step and a commit.
 
     A second signal leaves at once with the same exit code, 143 or 130; a save it interrupts leaves the checkpoints as
-    they were (training/checkpoint.py). Data workers ignore both signals (data/batches.py).
+    they were (training/checkpoint.py). Data workers ignore SIGINT and end at SIGTERM (data/workers.py).
     """
 
     def __init__(self):
@@ -121,9 +121,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def halving(state: Any, name: str, least: int, work: Callable[[], Any]) -> Any:
-    """work() on answers to prompts, again with half as many positions at once (state.name) as often as it takes.
+    """work(), which samples or scores answers; after each out of memory again, with half the positions at once.
 
-    Raises UserError where the memory does not do for fewer than `least`, where nothing runs side by side any more.
+    `name` is the field of state that holds them. Raises UserError below `least`, where nothing runs side by side any more.
     """
     while True:
         try:
@@ -144,7 +144,7 @@ class FolderLock:
     a few seconds do not keep the folder closed to the run that resumes it.
     """
 
-    def __init__(self, folder: Path, made: Sequence[Path] = ()):
+    def __init__(self, folder: Path, made: Sequence[Path]):
         """made: the folders that were created for this one, itself first."""
         self._made = made
         self._file = open(folder / LOCK, "a+")

@@ -188,7 +188,7 @@ def size_text(gib: float) -> str:
     return f"{gib:.2f} GiB" if gib >= 0.1 else f"{gib * 1024:.1f} MiB"
 
 
-def machine_line(device: "torch.device", folder: str | Path = ".") -> str:
+def machine_line(device: "torch.device", folder: str | Path) -> str:
     """Python, torch, the device, its free memory, and the free disk space where folder is or will be."""
     import torch
     name = f"CPU with {os.cpu_count()} cores"

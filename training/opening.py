@@ -1,4 +1,4 @@
-"""Before the first step: the worst of the run once, what it will take, rows as the model sees them, the journal's opening.
+"""Before the first step: the rehearsal, the forecast, three rows as the model sees them, and the journal's first records.
 
 Both functions are given train.py's Run, whose own forward, backward and saving are what is rehearsed.
 """
@@ -18,7 +18,7 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "to
 
 
 def rehearse_run(run: Any) -> Forecast:
-    """Run the worst of the run once and undo it; print the forecast and three rows as the model sees them."""
+    """Run the longest rows once and undo it; print the forecast and three rows as the model sees them."""
     rows, tokens, longest = run.rows, run.state.micro_tokens, []
     for index in rows.lengths.longest_first():  # the longest that can be used: a picture decodes or does not only now
         longest += rows.usable(list(Encoded(rows.train, run.stage.encode, [index])))
@@ -44,6 +44,6 @@ def write(run: Any, expected: Forecast) -> None:
     run.journal.event(
         "start", 0, command=shlex.join(["python", "train.py", *sys.argv[1:]]), machine=run.machine,
         versions={name: version(name) for name in LIBRARIES}, time=now(), last_step=run.last,
-        data=run.rows.files, trainable=run.trainable,
+        data=run.rows.files, trainable=run.parameter_table,
     )
     run.journal.event("forecast", 0, gib=expected.parts, seconds_per_update=expected.seconds_per_update, hours=expected.hours)

@@ -14,11 +14,11 @@ import torch
 
 from data.errors import UserError
 
-# name:   computed        frozen base     adapter        full           full, 8-bit optimizer (rounds stochastically)
+# name:   computed        frozen base     full           full, 8-bit optimizer (rounds stochastically)
 TABLE = {
-    "bf16": (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16, torch.float32, torch.float32, torch.float32),
-    "fp32": (torch.float32, torch.float32, torch.float32, torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16, torch.float32, torch.float32),
+    "fp32": (torch.float32, torch.float32, torch.float32, torch.float32),
 }
 
 
@@ -26,14 +26,13 @@ TABLE = {
 class Precision:
     """One row of the table: `compute` for matrix products, the others for how each kind of weight is stored.
 
-    Gradients have the dtype of the weight they belong to.
+    Adapters are stored in fp32 in every row (lora/adapter.py). Gradients have the dtype of the weight they belong to.
     """
 
     name: str
     device: torch.device
     compute: torch.dtype
     frozen: torch.dtype
-    adapter: torch.dtype
     full: torch.dtype
     full_8bit: torch.dtype
 

@@ -1,4 +1,4 @@
-"""Before the first step: the worst of it once, all undone, so that a run that will fail fails in its first minute.
+"""Before the first step: the largest step and a save, all undone, so that a run that will fail fails in its first minute.
 
 The longest rows run forward and backward, the optimizer allocates its state, a checkpoint is written, verified and read
 back, and everything is put back as it was: weights, random state, folder. What is learnt becomes the forecast: GiB by part
@@ -110,8 +110,8 @@ class Plan:
         return longest
 
     def fit(self, longest: int) -> tuple[int, int]:
-        """(micro_tokens, cache_tokens) for rows of `longest` positions before their answers: the packed row first, beside a
-        KV cache for the answers to one row, which then grows into half of what is left (the other half: the prompts' run)."""
+        """(micro_tokens, cache_tokens) for rows of `longest` positions without their answers: the packed row is chosen beside a
+        KV cache for one prompt's answers, which then grows into half of the memory left (the prompts' forward has the rest)."""
         if not self.num_answers:
             return self.micro_tokens(longest), 0
         longest += self.config.max_new_tokens
@@ -170,7 +170,7 @@ def rehearse(
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, read once a card has done all that it was asked for."""
+    """time.perf_counter(), read when the card has finished what was launched."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

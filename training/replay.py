@@ -8,14 +8,13 @@ and what a reward's server replies, where these are gone).
 """
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.errors import UserError
-from training.checkpoint import find_problem
+from training.checkpoint import newest_whole
 from training.journal import read_journal
 
 
@@ -25,9 +24,7 @@ def find_weights(config: Any) -> Path | None:
     if not (folder / "journal.jsonl").exists():
         raise UserError(f"{folder} holds no run to replay a step of; name a run's folder with --output_dir")
     config.demo = False  # its rows and settings are in the folder
-    found = {int(path.name[5:]): path for path in folder.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", path.name)}
-    before = [found[step] for step in sorted(found, reverse=True) if step < config.replay_step]
-    return next((path for path in before if find_problem(path) is None), None)
+    return newest_whole(folder, before=config.replay_step)
 
 
 def replay(run: Any) -> int:

@@ -41,7 +41,7 @@ class State:
 
 
 def seed_random(seed: int) -> None:
-    """Begin every generator that capture_random knows anew."""
+    """Seed every generator whose state capture_random saves."""
     random.seed(seed)
     torch.manual_seed(seed)
 

@@ -1,4 +1,4 @@
-"""Whether a run waits for its data, and the number of worker processes that would end it.
+"""Whether a run waits for its data, and the number of worker processes that would end the waiting.
 
 A worker makes whole steps ahead, so n of them keep up where a step's rows take at most n times as long to encode as the
 step takes to compute. Both are measured as the run goes; the warning comes once.

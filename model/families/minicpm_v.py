@@ -26,9 +26,9 @@ from data.batches import Packed
 from data.boxes import Box, Convention
 from data.errors import UserError
 from data.images import cells, image_size, open_resized
-from data.labels import NO_LOSS, Example, mask
+from data.labels import Example
 from model.families.qwen2 import joined
-from model.family import Family, Model, expand_pictures, images_of
+from model.family import Family, Model
 from model.files import read_json
 
 BEGIN, END, STOP = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
@@ -310,21 +310,13 @@ class MiniCPMLlama3V(Family):
         return pieces
 
     def _encode(self, messages: list[dict], tools: list | None) -> Example:
-        """A picture's one placeholder becomes its layout. With --labels official the token behind an answer's stop is to
-        be the stop once more, if a turn follows."""
-        pieces = self.render(messages, tools)
-        pixels = self.join_pixels([self.picture(image)[0] for image in images_of(messages)])
-        grids = pixels["grids"].tolist() if pixels else []
-        image, stop = self.image_token_id, self.pieces.special[STOP]
-        pieces = expand_pictures(pieces, image, [1] * len(grids))  # refuses marks and pictures that do not agree
-        id_of = {token: self.pieces.ids(token)[0] for token in (IMAGE, IMAGE_END, SLOT, SLICES, SLICES_END, "\n")}
-        runs = ([id_of[token] for token in layout(*grid, self.num_queries)] for grid in grids)
-        input_ids, labels = mask(
-            ([i for t in ids for i in (next(runs) if t == image else [t])], trained) for ids, trained in pieces
-        )
+        """With --labels official the token behind an answer's stop is to be the stop once more, if a turn follows."""
+        example = super()._encode(messages, tools)
         if self.options.labels == "official":
-            labels = [stop if before == stop else label for before, label in zip([NO_LOSS, *labels], labels, strict=False)]
-        return self.example(input_ids, labels, pixels)
+            stop = self.pieces.special[STOP]
+            is_behind = example.labels[:-1] == stop  # (T - 1,)
+            example.labels[1:][is_behind] = stop
+        return example
 
     @property
     def stop_ids(self) -> list[int]:
@@ -398,3 +390,8 @@ class MiniCPMLlama3V(Family):
 
     def count_positions(self, pixels: dict[str, torch.Tensor]) -> list[int]:
         return [len(layout(*grid, self.num_queries)) for grid in pixels["grids"].tolist()] if pixels else []
+
+    def picture_ids(self, pixels: dict[str, torch.Tensor]) -> list[list[int]]:
+        id_of = {token: self.pieces.ids(token)[0] for token in (IMAGE, IMAGE_END, SLOT, SLICES, SLICES_END, "\n")}
+        grids = pixels["grids"].tolist() if pixels else []
+        return [[id_of[token] for token in layout(*grid, self.num_queries)] for grid in grids]
