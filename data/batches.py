@@ -26,7 +26,7 @@ class Packed:
     labels: torch.Tensor  # (T,) unshifted, -100 = no loss
     lengths: list[int]
     positions: torch.Tensor  # (T,) or (3, T), each example's own
-    pixels: list[dict[str, torch.Tensor]]  # one dict an example, empty without pictures
+    pixels: list[dict[str, torch.Tensor]]  # one dict an example, empty without pictures; the same object where shared
     image_spans: list[tuple[int, int]]  # in the packed row
     weights: torch.Tensor | None  # (T,) loss weight of each token, None = all 1
     values: dict[str, torch.Tensor]  # name -> (S,), a stage's own number of each of the S examples
@@ -38,15 +38,12 @@ class Packed:
         def move(tensor):
             return tensor if tensor is None else tensor.to(device)
 
-        pixels = [{name: move(tensor) for name, tensor in p.items()} for p in self.pixels]
+        moved = {id(p): {name: move(tensor) for name, tensor in p.items()} for p in self.pixels}
         return replace(
             self, input_ids=move(self.input_ids), labels=move(self.labels), positions=move(self.positions),
-            weights=move(self.weights), values={name: move(tensor) for name, tensor in self.values.items()}, pixels=pixels,
+            weights=move(self.weights), values={name: move(tensor) for name, tensor in self.values.items()},
+            pixels=[moved[id(p)] for p in self.pixels],
         )
-
-    def picture_places(self) -> torch.Tensor:
-        """(n,) positions of the row that pictures take, in order."""
-        return torch.cat([torch.arange(*span) for span in self.image_spans]).to(self.input_ids.device)
 
     def supervised(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(where, target): positions whose next token, in the same example, is supervised, and that token. (n,) each."""

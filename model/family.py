@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from data.batches import Packed, pack_row
@@ -77,8 +78,16 @@ class Family:
 
     def embed(self, net: nn.Module, packed: Packed) -> torch.Tensor:
         """Input embeddings of a packed row, pictures in their places: (T, D), or wider by what the decoder itself splits
-        off (features of a picture that join in later layers)."""
-        return net.get_input_embeddings()(packed.input_ids)
+        off (features of a picture that join in later layers). Pictures that examples share, such as the two answers of a
+        pair or the samples of a prompt, go through the vision tower once."""
+        embeddings = net.get_input_embeddings()(packed.input_ids)  # (T, D)
+        pictures = {id(pixels): pixels for pixels in packed.pixels if pixels}
+        if not pictures:
+            return embeddings
+        seen = dict(zip(pictures, self.features(net, list(pictures.values())), strict=True))
+        features = torch.cat([seen[id(pixels)] for pixels in packed.pixels if pixels])  # (places, D)
+        embeddings = F.pad(embeddings, (0, features.shape[1] - embeddings.shape[1]))
+        return embeddings.index_copy(0, self.picture_places(packed), features.to(embeddings.dtype))
 
     def decoder_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """Position ids in the form that the decoder takes them: (T,) -> (1, T), (3, T) -> (3, 1, T)."""
@@ -159,6 +168,14 @@ class Family:
     def picture_positions(self, width: int, height: int) -> int:
         """To define for vision: positions that a picture of this size takes, without opening it."""
         raise UserError(f"this model ({self.name}) takes no pictures, but the row has one; use a vision-language model")
+
+    def features(self, net: nn.Module, pictures: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        """To define for vision: what the language model sees of each example's pictures, (places, D) an example."""
+        raise NotImplementedError
+
+    def picture_places(self, packed: Packed) -> torch.Tensor:
+        """(places,) of a packed row that features go to, in order."""
+        return torch.cat([torch.arange(*span) for span in packed.image_spans]).to(packed.input_ids.device)
 
     def join_pixels(self, pictures: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """The tensors of all pictures of one example as one dict."""

@@ -1,6 +1,7 @@
 """Packed rows: attention against a dense mask, examples that do not see their neighbours, checkpointed blocks."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -166,6 +167,35 @@ def test_the_picture_matters(folders):
     assert (model.logits([other])[0][-1] - model.logits([one])[0][-1]).abs().max() > 1e-2
     swapped = model.logits([two, one])
     torch.testing.assert_close(swapped[1], model.logits([one])[0], atol=1e-5, rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "minicpm_v", "cogagent", "phi3_vision"])
+def test_a_picture_that_examples_share_is_looked_at_once(tmp_path, name):
+    """A pair's answers and a prompt's samples hold one picture: as if each had its own, in values and in gradients."""
+    write_tiny(name, tmp_path / name)
+    model, family = load(tmp_path / name)
+    draw = random.Random(0)
+    picture, other = (Image.frombytes("RGB", (w, h), draw.randbytes(w * h * 3)) for w, h in ((120, 80), (60, 90)))
+
+    def encode(image, answer):
+        content = [{"type": "image", "image": image}, {"type": "text", "text": "what is it?"}] if image else "what is it?"
+        return family.encode([{"role": "user", "content": content}, {"role": "assistant", "content": answer}])
+
+    apart = [encode(picture, "yes"), encode(None, "or"), encode(other, "no"), encode(picture, "never")]
+    shared = [replace(example, pixels=apart[0].pixels if place == 3 else example.pixels) for place, example in enumerate(apart)]
+    looked_at, features, found = [], family.features, []
+    family.features = lambda net, pictures: looked_at.append(len(pictures)) or features(net, pictures)
+    for examples in (apart, shared):
+        embeddings = family.embed(model.net, pack_row(examples).to("cpu"))
+        (embeddings * torch.linspace(-1, 1, len(embeddings))[:, None]).sum().backward()
+        found.append((embeddings.detach(), {n: p.grad for n, p in model.net.named_parameters() if p.grad is not None}))
+        model.net.zero_grad(set_to_none=True)
+    assert looked_at == [3, 2]
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    assert found[0][1].keys() == found[1][1].keys() and any("vis" in n or "vpm" in n for n in found[0][1])
+    allowed = 1e-5 * max(gradient.abs().max().item() for gradient in found[0][1].values())  # a key's bias has none but rounding
+    for parameter, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][parameter], gradient, atol=allowed, rtol=1e-3)
 
 
 def test_the_packed_row_equals_transformers(folders):

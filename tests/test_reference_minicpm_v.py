@@ -150,7 +150,7 @@ def test_tower_and_resampler(folder, name):
     for found, module in zip(seen.values(), modules, strict=True):
         module.register_forward_hook(lambda module, inputs, output, found=found: found.append(output))
     with torch.no_grad():
-        family.features(model.net, pixels)
+        family.slice_features(model.net, pixels)
     for ids in calls(tensors, f"{name}.vision_position_ids"):
         for row in ids:
             assert torch.equal(row, position_buckets(len(row), model.net.vpm.embeddings.num_patches_per_side))
@@ -162,7 +162,7 @@ def test_tower_and_resampler(folder, name):
         parts = zip(pixels["pixel_values"].split(pixels["sizes"].prod(1).tolist()), pixels["sizes"], strict=True)
         with torch.no_grad():
             one_by_one = [
-                family.features(model.net, {"pixel_values": part, "sizes": size[None], "strip_length": longest})
+                family.slice_features(model.net, {"pixel_values": part, "sizes": size[None], "strip_length": longest})
                 for part, size in parts
             ]
         torch.testing.assert_close(torch.cat(one_by_one), tensors[f"{name}.image_embeddings"], atol=1e-4, rtol=0)

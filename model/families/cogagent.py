@@ -332,15 +332,6 @@ class CogAgent(Family):
     def decoder(self, net: nn.Module) -> nn.Module:
         return net
 
-    def embed(self, net: nn.Module, packed: Packed) -> torch.Tensor:
-        embeddings = net.get_input_embeddings()(packed.input_ids)  # (T, D)
-        vision = net.transformer.vision
-        features = [vision(p["images"].to(vision.boi.dtype)).flatten(0, 1) for p in packed.pixels if p]  # (places, D)
-        if not features:
-            return embeddings
-        where = torch.cat([torch.arange(start - 1, end + 1) for start, end in packed.image_spans])  # begin and end too
-        return embeddings.index_copy(0, where.to(embeddings.device), torch.cat(features).to(embeddings.dtype))
-
     # ---- text -------------------------------------------------------------------------------------------------------
 
     def load_tokenizer(self):
@@ -363,6 +354,14 @@ class CogAgent(Family):
         return text.removeprefix("\n")
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
+
+    def features(self, net: nn.Module, pictures: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        vision = net.transformer.vision
+        return [vision(p["images"].to(vision.boi.dtype)).flatten(0, 1) for p in pictures]
+
+    def picture_places(self, packed: Packed) -> torch.Tensor:
+        spans = [torch.arange(start - 1, end + 1) for start, end in packed.image_spans]  # begin and end are features too
+        return torch.cat(spans).to(packed.input_ids.device)
 
     def picture(self, image: Any) -> tuple[dict[str, torch.Tensor], int]:
         size = self.seen_size(0, 0)  # the same for all

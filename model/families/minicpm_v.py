@@ -250,19 +250,14 @@ class MiniCPMLlama3V(Family):
     def decoder(self, net: nn.Module) -> nn.Module:
         return net.llm.model
 
-    def embed(self, net: nn.Module, packed: Packed) -> torch.Tensor:
-        embeddings = net.get_input_embeddings()(packed.input_ids)  # (T, D)
-        spans, where, features = iter(packed.image_spans), [], []
-        for pixels in filter(None, packed.pixels):
-            features.append(self.features(net, pixels).flatten(0, 1))  # (N * query_num, D)
-            for grid in pixels["grids"].tolist():
-                start, _ = next(spans)
-                where += [start + i for i, token in enumerate(layout(*grid, self.num_queries)) if token == SLOT]
-        if not where:
-            return embeddings
-        return embeddings.index_copy(0, torch.tensor(where, device=embeddings.device), torch.cat(features).to(embeddings.dtype))
+    def features(self, net: nn.Module, pictures: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        return [self.slice_features(net, pixels).flatten(0, 1) for pixels in pictures]  # (N * query_num, D) each
 
-    def features(self, net: nn.Module, pixels: dict[str, torch.Tensor]) -> torch.Tensor:
+    def picture_places(self, packed: Packed) -> torch.Tensor:
+        places = super().picture_places(packed)
+        return places[packed.input_ids[places] == self.pieces.ids(SLOT)[0]]
+
+    def slice_features(self, net: nn.Module, pixels: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the language model sees of an example's N slices: (N, query_num, D). All go through the tower in one
         call, or each in its own where config.json says batch_vision_input false."""
         sizes = [tuple(size) for size in pixels["sizes"].tolist()]

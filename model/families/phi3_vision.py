@@ -10,6 +10,7 @@ The original takes the set of its batch's longest row for all; here each example
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -202,12 +203,11 @@ class Phi3Vision(Family):
         return net.model
 
     def embed(self, net: nn.Module, packed: Packed) -> torch.Tensor:
-        embeddings = net.get_input_embeddings()(packed.input_ids.clamp(min=0))  # (T, D)
+        return super().embed(net, replace(packed, input_ids=packed.input_ids.clamp(min=0)))  # pictures' ids are negative
+
+    def features(self, net: nn.Module, pictures: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         tower = net.model.vision_embed_tokens  # called once an example, which so does not depend on its neighbours
-        rows = [tower(p["pixel_values"], self.grids(p)) for p in packed.pixels if p]
-        if not rows:
-            return embeddings
-        return embeddings.index_copy(0, packed.picture_places(), torch.cat(rows).to(embeddings.dtype))  # (T, D)
+        return [tower(p["pixel_values"], self.grids(p)) for p in pictures]
 
     def original_logits(self, model: Model, examples: list[Example]) -> list[torch.Tensor]:
         """The official collator's batch: padded rows count on, so the longest chooses the rotary factors of all, and an

@@ -13,7 +13,6 @@ from PIL import Image
 from torch import nn
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
 
-from data.batches import Packed
 from data.boxes import Box, Convention
 from data.errors import UserError
 from data.images import cells, image_size, open_resized, patchify, smart_resize
@@ -88,16 +87,16 @@ class Qwen2_5_VL(ChatML):  # noqa: N801 - the model's name
     def decoder(self, net: nn.Module) -> nn.Module:
         return net.model.language_model
 
-    def embed(self, net: nn.Module, packed: Packed) -> torch.Tensor:
-        embeddings = net.get_input_embeddings()(packed.input_ids)  # (T, D)
-        pictures = self.join_pixels([p for p in packed.pixels if p])
-        if not pictures:
-            return embeddings
-        tower = net.model.visual
-        features = tower(pictures["pixel_values"].to(tower.dtype), grid_thw=pictures["image_grid_thw"]).pooler_output
-        return embeddings.index_copy(0, packed.picture_places(), features.to(embeddings.dtype))  # (T, D)
-
     # ---- pictures ---------------------------------------------------------------------------------------------------
+
+    def features(self, net: nn.Module, pictures: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        tower, joined = net.model.visual, self.join_pixels(pictures)  # one call for all
+        seen = tower(joined["pixel_values"].to(tower.dtype), grid_thw=joined["image_grid_thw"])
+        return list(self.all_layers(seen).split([sum(self.count_positions(p)) for p in pictures]))
+
+    def all_layers(self, seen: Any) -> torch.Tensor:
+        """(places, D) of what the tower gives."""
+        return seen.pooler_output
 
     @property
     def processor(self) -> dict:

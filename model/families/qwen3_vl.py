@@ -8,12 +8,12 @@ them like embeddings; a row of text alone carries none. The three rows of positi
 The Thinking models' prompts end with "<think>\n" (families/qwen3.py). Videos are not read.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.models.qwen3_vl import modeling_qwen3_vl as modeling
 
-from data.batches import Packed
 from data.boxes import Convention
 from model.families.qwen2_5_vl import Qwen2_5_VL, WindowAttention
 
@@ -72,14 +72,6 @@ class Qwen3VL(Qwen2_5_VL):
             block.attn.__class__ = WindowAttention  # of one window, the picture
         return net
 
-    def embed(self, net: nn.Module, packed: Packed) -> torch.Tensor:
-        """(T, D) of a row of text; with pictures (T, (1 + n) D), the features of n DeepStack layers beside."""
-        embeddings = net.get_input_embeddings()(packed.input_ids)  # (T, D)
-        pictures = self.join_pixels([p for p in packed.pixels if p])
-        if not pictures:
-            return embeddings
-        tower = net.model.visual
-        seen = tower(pictures["pixel_values"].to(tower.dtype), grid_thw=pictures["image_grid_thw"])
-        features = torch.cat([seen.pooler_output, *seen.deepstack_features], dim=1)  # (places, (1 + n) D)
-        wide = F.pad(embeddings, (0, features.shape[1] - embeddings.shape[1]))
-        return wide.index_copy(0, packed.picture_places(), features.to(wide.dtype))  # (T, (1 + n) D)
+    def all_layers(self, seen: Any) -> torch.Tensor:
+        """(places, (1 + n) D): the features of n DeepStack layers beside."""
+        return torch.cat([seen.pooler_output, *seen.deepstack_features], dim=1)
