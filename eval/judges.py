@@ -106,14 +106,16 @@ class Server:
             self.keep_in(folder)
 
     def keep_in(self, folder: Path) -> None:
-        """From now on keep every reply in reward_cache.jsonl of this folder; those that lie there are known."""
-        path = folder / "reward_cache.jsonl"
-        self.file = PatientFile(path)
+        """Keep every reply in reward_cache.jsonl of this folder, those until now too; those that lie there are known."""
+        path, until_now = folder / "reward_cache.jsonl", self.known
+        self.file, self.known = PatientFile(path), {}
         if path.exists():
             lines = path.read_bytes()
             whole = lines.rfind(b"\n") + 1
             os.truncate(path, whole)  # what a kill left half written is asked again
-            self.known |= {line["key"]: line["reply"] for line in map(json.loads, lines[:whole].splitlines())}
+            self.known = {line["key"]: line["reply"] for line in map(json.loads, lines[:whole].splitlines())}
+        for key, reply in until_now.items():
+            self.keep(key, reply)
 
     def ask(self, messages: list[dict[str, str]], **settings: Any) -> str:
         """The model's reply to a conversation. Raises UserError where the server refuses or stays away."""
@@ -122,10 +124,15 @@ class Server:
         if key not in self.known:
             reply = self.request(body.encode())
             with self.lock:
-                self.known[key] = reply
-                if self.file:
-                    self.file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
+                self.keep(key, reply)
         return self.known[key]
+
+    def keep(self, key: str, reply: str) -> None:
+        """The first reply counts: for all who asked the same at once, and after a resume."""
+        if key not in self.known:
+            self.known[key] = reply
+            if self.file:
+                self.file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
 
     def request(self, body: bytes) -> str:
         """One request, repeated while the server is busy: after the time that it asks for, else after twice the pause."""
@@ -184,7 +191,7 @@ class ServedReward:
     def score(self, reply: Reply) -> dict[str, float]:
         """The number named reward, else the one named helpfulness, else the only one. Raises UserError for none."""
         text = self.server.ask(conversation_of(reply))
-        number = r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)"
+        number = r"([-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
         named = dict(re.findall(rf"([a-z]+)\s*[:=]\s*{number}", text.lower()))
         plain = re.fullmatch(number, text.strip().lower())
         found = named.get("reward", named.get("helpfulness", plain and plain[1]))

@@ -1,5 +1,6 @@
 """Rewards by name, GUI actions by the published rules, and learned rewards against what they are made of."""
 
+import itertools
 import json
 import re
 import shutil
@@ -291,7 +292,32 @@ def test_a_served_reward_is_asked_once_for_each_answer(server, tmp_path, monkeyp
     assert find_reward(name, tmp_path)(replies)[2]["score"] == -3.5 and len(fake.requests) == 4
 
 
-SCORES = {"reward:-4.125": -4.125, " 1.5\n": 1.5, "helpfulness:1.25,correctness:2,verbosity:0.5": 1.25, "reward: 3e-2": 0.03}
+def test_of_the_replies_to_the_same_answer_the_first_counts(server, tmp_path):
+    """A judge that never says the same twice, asked for 24 answers of which 3 differ: the file tells what was told."""
+    name, fake = server
+    said, lock = itertools.count(), threading.Lock()
+
+    def another(body):
+        with lock:
+            return f"reward:{next(said)}"
+
+    fake.replies = [another]
+    replies = [reply(text, messages=QUESTION) for text in ("a", "bb", "ccc") * 8]
+    judge = find_reward(name)
+    early = judge(replies[:3])  # the rehearsal of a run, before its folder is known
+    judge.server.keep_in(tmp_path)
+    told = judge(replies)
+    assert told[:3] == early and find_reward(name, tmp_path)(replies) == told
+    fresh = find_reward(name, tmp_path / "fresh")
+    (tmp_path / "fresh").mkdir()
+    told = fresh([reply(text, messages=QUESTION) for text in ("d", "e") * 12])
+    assert len({values["score"] for values in told}) == 2
+    again = find_reward(name, tmp_path / "fresh")
+    assert again([reply(text, messages=QUESTION) for text in ("d", "e") * 12]) == told
+
+
+SCORES = {"reward:-4.125": -4.125, " 1.5\n": 1.5, "helpfulness:1.25,correctness:2,verbosity:0.5": 1.25, "reward: 3e-2": 0.03,
+          "reward:2.5e+01": 25, "+0.5": 0.5}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", SCORES)
