@@ -25,7 +25,7 @@ Reward = Callable[[list[Reply]], list[dict[str, float]]]
 OPENING, CLOSING = "<answer>", "</answer>"
 PAIRWISE = "pairwise:"  # begins the name of a judge that is shown two answers, eval/tasks/win_rate.py's
 FORMAT_SCORE = 0.1  # of an answer in its tags that is not right, as published; right is 1, no answer is 0
-MAX_CHARACTERS = 300  # of an expression, blanks aside; longer ones are wrong
+MAX_CHARACTERS = 300  # of an expression, a run of blanks counted once; longer ones are wrong
 MAX_BITS = 4096  # of a power, in the published rules
 TOLERANCE = 1e-5  # of the published rules, which compute in floating point
 TRUTH = {"numbers", "target"}
@@ -115,12 +115,15 @@ def cs224r(text: str, numbers: list[int], target: int) -> dict[str, float]:
     """
     lines = [part.rpartition("\n")[2] for part in text.split(CLOSING)[:-1]]
     answers = [line.partition(OPENING)[2].strip() for line in lines if OPENING in line]
-    correct = bool(answers) and published_correct(re.sub("[ \t]{2,}", " ", answers[-1]), numbers, target)
+    correct = bool(answers) and published_correct(answers[-1], numbers, target)
     score = 1.0 if correct else FORMAT_SCORE if answers else 0.0
     return {"score": score, "correct": float(correct), "format": float(bool(answers)), "num_answers": float(len(answers))}
 
 
 def published_correct(expression: str, numbers: list[int], target: int) -> bool:
+    expression = expression.replace("\t", " ")
+    while "  " in expression:  # halves long runs of blanks; a regular expression would look at every character by itself
+        expression = expression.replace("  ", " ")
     if not is_written_in(r"[\d+\-*/().\s]+", expression, numbers):
         return False
     value = value_of(expression, PUBLISHED, lambda literal: literal)
