@@ -110,7 +110,9 @@ class Examiner:
         for name, after in self.figures.get("after", {}).items():
             before = self.figures.get("before", {}).get(name, {})
             for key in (key for key in after if key in before and key not in NOT_COMPARED):
-                unit, scale = ("", 1) if key.startswith("eval_") or key in NO_SHARES else ("%", 100)
+                is_share = not key.startswith("eval_") and key not in NO_SHARES
+                is_share &= all(0 <= value <= 1 for value in (before[key], after[key]))  # a reward may be any number
+                unit, scale = ("%", 100) if is_share else ("", 1)
                 values = {"before": scale * before[key], "after": scale * after[key], "unit": unit}
                 self.journal.event("comparison", self.state.step, name=f"{name}: {key.replace('_', ' ')}", **values)
 
