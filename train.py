@@ -139,6 +139,8 @@ class Run:
         if not self.found:
             opening.write(self, expected)
             examiner.examine(0, "before")
+        elif self.state.step < self.last and due(config.eval_every, self.state.step, self.batches.steps_per_epoch):
+            examiner.examine(self.state.step, "during")  # a kill came after the save and before the end of this
         stop = Stop()
         try:
             self.loop(stop, examiner)

@@ -37,29 +37,37 @@ class Examiner:
         """stage is whose loss is asked for; state is where the run stands: lines of outputs/ that a resumed run will write
         again are dropped, and what was found before the first step is read from the journal."""
         self.config, self.model, self.stage, self.rows, self.precision = config, model, stage, rows, precision
-        self.journal, self.state, step = journal, state, state.step
+        self.journal, self.state, self.start = journal, state, state.step
         self.folder = Path(config.output_dir)
         self.task: Task | None = None
         if config.predict_with_generate or rows.test_set:
             self.task = stage.task if config.eval_task == "auto" and stage.task else find_task(config.eval_task)
-        self.figures: dict[str, dict[str, dict[str, float]]] = {}  # when -> set -> figure -> value
-        self.lines: dict[str, dict[str, list[dict]]] = {}  # when -> set -> lines
+        # when -> set -> figure -> value, and when -> set -> lines; "resumed": at the step that a resumed run stands at
+        self.figures: dict[str, dict[str, dict[str, float]]] = {}
+        self.lines: dict[str, dict[str, list[dict]]] = {}
         self.files: dict[str, PatientFile] = {}  # set -> outputs/<set>.jsonl
+        for record in read_journal(journal.path):
+            if record.get("event") == "eval" and record["step"] in (0, self.start):
+                found = {key: value for key, value in record.items() if key not in ("event", "step", "set", "seconds")}
+                self.figures.setdefault("resumed" if record["step"] else "before", {})[record["set"]] = found
         for path in (self.folder / "outputs").glob("*.jsonl"):
             whole = path.read_bytes().rpartition(b"\n")[0]  # a kill may have torn the last line
             lines = map(json.loads, whole.splitlines())  # of bytes: text is split at U+2028 and the like too
-            kept = [line for line in lines if 0 < step and line.get("step", 0) <= step]
-            before = [line for line in kept if line.get("when") == "before"]
-            self.lines.setdefault("before", {})[path.stem] = before
+            kept = [line for line in lines if 0 < self.start and line.get("step", 0) <= self.start]
+            if path.stem not in self.figures.get("resumed", {}):  # a kill has cut this evaluation off
+                kept = [line for line in kept if not self._is_resumed(line)]
+            self.lines.setdefault("before", {})[path.stem] = [line for line in kept if line.get("when") == "before"]
+            self.lines.setdefault("resumed", {})[path.stem] = [line for line in kept if self._is_resumed(line)]
             with whole_file(path) as file:
                 file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in kept)
-        for record in read_journal(journal.path):
-            if record.get("event") == "eval" and record["step"] == 0:
-                found = {key: value for key, value in record.items() if key not in ("event", "step", "set", "seconds")}
-                self.figures.setdefault("before", {})[record["set"]] = found
+
+    def _is_resumed(self, line: dict) -> bool:
+        """Whether a line of outputs/ is of an evaluation at the step that the run stands at."""
+        return line.get("step") == self.start and line.get("when") in ("during", "after")
 
     def examine(self, step: int, when: str) -> None:
-        """Evaluate every set; when is "before", "during" or "after". The test set is answered once, after."""
+        """Evaluate every set; when is "before", "during" or "after". The test set is answered once, after. What a resumed run
+        had found at its step before it was killed is not asked for again."""
         for name, (records, indices) in self.rows.eval_sets.items():
             self._examine_set(step, when, name, [records[i] for i in indices], self.config.predict_with_generate)
         if when == "after" and self.rows.test_set:
@@ -77,6 +85,10 @@ class Examiner:
         return path
 
     def _examine_set(self, step: int, when: str, name: str, records: list, answers: bool) -> None:
+        if step == self.start and name in self.figures.get("resumed", {}):
+            self.figures.setdefault(when, {})[name] = self.figures["resumed"][name]
+            self.lines.setdefault(when, {})[name] = self.lines["resumed"].get(name, [])
+            return
         started = time.perf_counter()
         file = self.files.setdefault(name, PatientFile(self.folder / "outputs" / f"{name}.jsonl"))
         file.write("")  # there, though no answers may be asked for
