@@ -198,13 +198,19 @@ def find_reward(name: str, folder: Path | None = None, requests_per_minute: floa
         from eval.judges import RewardModel
 
         return RewardModel(name, device)
-    module, _, function = name.partition(":")
-    if not function:
+    if not name.partition(":")[2]:
         raise UserError(f"--reward {name}: not one of {', '.join(RULES)}, no folder, no MODEL@URL, nor module:function")
+    return partial(each, import_function("--reward", name))
+
+
+def import_function(flag: str, name: str) -> Any:
+    """What `module:function` names. Raises UserError where it is not there, or its module fails."""
+    module, _, function = name.partition(":")
     try:
-        return partial(each, getattr(importlib.import_module(module), function))
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--reward {name}: {error}; module:function must be importable from the current folder") from None
+        return getattr(importlib.import_module(module), function)
+    except Exception as error:  # a module may be anyone's
+        problem = error if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{flag} {name}: {problem}; module:function must be importable from the current folder") from None
 
 
 def each(rule: Callable[[Reply], dict[str, float]], replies: list[Reply]) -> list[dict[str, float]]:

@@ -80,6 +80,18 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
             find_reward(wrong)
 
 
+@pytest.mark.parametrize("find, flag", [(find_reward, "--reward"), (find_task, "--task")])
+def test_a_module_that_fails_is_a_sentence(tmp_path, monkeypatch, find, flag):
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = {"raises_early": "1 / 0", "half_written": "def judge(:", "lacks_it": "", "lacks_more": "import no_such_package"}
+    words = ["ZeroDivisionError: division by zero", "SyntaxError: invalid syntax (half_written.py, line 1)",
+             "module 'lacks_it' has no attribute 'judge'", "No module named 'no_such_package'"]  # fmt: skip
+    for (module, text), word in zip(texts.items(), words, strict=True):
+        (tmp_path / f"{module}.py").write_text(text)
+        with pytest.raises(UserError, match=re.escape(f"{flag} {module}:judge: {word}")):
+            find(f"{module}:judge")
+
+
 def test_a_row_without_the_truth_is_a_problem():
     for truth in (None, {"answer": "6"}):
         answered = reply("<answer>2*3</answer>", truth=truth)
