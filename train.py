@@ -121,14 +121,14 @@ class Run:
         from eval.examiner import Examiner
         from training import opening
         from training.guards import Stop
-        from training.journal import Journal, now
+        from training.journal import Journal, is_finished, now
 
         if not self.found:
             expected = opening.rehearse_run(self)
         self.stage.prepare(self)  # the weights are still those of the start
         if self.found:
             self.resume(self.found)
-            if self.state.step >= self.last and self.target.exists():
+            if self.state.step >= self.last and self.target.exists() and is_finished(self.folder):
                 print(f"nothing to do: {self.folder} has all its {self.last} updates; train longer in a new --output_dir")
                 return 0
         if not (self.folder / "run.yaml").exists():

@@ -306,20 +306,24 @@ def test_every_kind_of_training_learns_and_can_be_asked(monkeypatch, tmp_path, b
 # ---- what must survive a kill, a smaller machine, a second start -----------------------------------------------------------
 
 
-def test_a_run_killed_before_its_export_is_finished_by_a_resume(monkeypatch, tmp_path, base, rows):
+@pytest.mark.parametrize("moment", ["Run.export", "examiner.Examiner.compare", "examiner.Examiner.close"])
+def test_a_run_killed_before_its_last_word_is_finished_by_a_resume(monkeypatch, tmp_path, base, rows, moment):
+    """Before the export, before the journal's last lines, and before the last report, which alone is not missed."""
     output = tmp_path / "out"
     arguments = flags(base, rows, output, "--use_lora", "--max_steps", 2, "--eval_split", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "export", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        place = f"train.{moment}" if moment == "Run.export" else f"eval.{moment}"
+        patch.setattr(place, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(patch, *arguments)
-    assert not (output / "adapter").exists()
+    assert (output / "adapter").exists() == (moment != "Run.export")
     assert run(monkeypatch, *arguments, "--resume", "yes") == 0
     assert (output / "adapter" / "adapter_model.safetensors").exists()
     records = read_journal(output / "journal.jsonl")
     assert [r["step"] for r in records if "event" not in r] == [1, 2]
     compared = [r for r in records if r.get("event") == "comparison"]
-    assert compared and compared[0]["name"] == "held_out: eval loss" and compared[0]["before"] > 0
+    assert [r["name"] for r in compared] == ["held_out: eval loss"] and compared[0]["before"] > 0
+    assert [r["reason"] for r in records if r.get("event") == "finish"] == ["finished"]
 
 
 @pytest.mark.parametrize("moment", ["in the evaluation", "after it", "before the export"])
