@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,9 @@ class Server:
                 with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
                     return self.text_of(json.load(response))
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code} {error.read(300).decode(errors='replace').strip()}"
+                problem = f"HTTP {error.code}"
+                with suppress(OSError, http.client.HTTPException):  # its words may break off, too
+                    problem += f" {error.read(300).decode(errors='replace').strip()}"
                 if error.code not in BUSY:
                     hint = f"; give the key in the environment variable {KEY}" if error.code in (401, 403) else ""
                     raise UserError(f"{self.url} refuses {self.model}: {problem}{hint}") from None

@@ -257,8 +257,8 @@ class FakeServer(BaseHTTPRequestHandler):
         found = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         status, text = (200, found(body)) if callable(found) else found
         if text == "break off":
-            self.send_response(200)
-            self.send_header("Content-Length", "9")
+            self.send_response(status)
+            self.send_header(*(("Content-Length", "9") if status == 200 else ("Transfer-Encoding", "chunked")))
             self.end_headers()
             return
         if status == 200:
@@ -342,9 +342,9 @@ def test_spellings_of_a_served_score(server, text):
 def test_a_busy_server_is_asked_again_and_one_that_refuses_is_not(server, monkeypatch):
     name, fake = server
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    fake.replies = [(429, "slow down"), (503, "soon"), (200, "break off"), (200, "reward:1.0")]
+    fake.replies = [(429, "slow down"), (503, "soon"), (200, "break off"), (500, "break off"), (200, "reward:1.0")]
     assert find_reward(name)([reply("a", messages=QUESTION)])[0]["score"] == 1.0
-    assert len(fake.requests) == 4
+    assert len(fake.requests) == 5
     wrong = {"401": [(401, "no key")], "in 6 tries": [(500, "never")], "no reward but 'Nice!'": [(200, "Nice!")],
              "another form": [(200, None)]}  # fmt: skip
     for sentence, replies in wrong.items():
