@@ -3,7 +3,7 @@
 A reward is a metric (eval/metrics.py) that names one of its numbers "score": the same function judges evaluation and
 RLOO. find_reward() gives a function of a list of answered rows, as a learned reward (eval/judges.py) needs it; a reward
 of your own is a function from one Reply to {"score": ..}, named `module:function`. Countdown answers are parsed as syntax
-trees over fractions and never run as code; any answer, however long, costs less than a millisecond.
+trees over fractions and never run as code; an answer of 10^5 characters, whatever they are, costs less than a millisecond.
 """
 
 import ast
@@ -47,8 +47,8 @@ def countdown(response: str, numbers: list[int], target: int) -> dict[str, float
     answer), valid (an expression of these numbers), num_answers.
     """
     numbers, target = [abs(int(number)) for number in numbers], Fraction(target)  # also of text, as some tables have them
-    answers = [part.rpartition(OPENING)[2] for part in response.split(CLOSING)[:-1] if OPENING in part]
-    value = exact_value(answers[-1], numbers, target) if answers else None
+    answers = [part for part in response.split(CLOSING)[:-1] if OPENING in part]
+    value = exact_value(answers[-1].rpartition(OPENING)[2], numbers, target) if answers else None
     correct = value is not None and value == target
     return {
         "score": 1.0 if correct else FORMAT_SCORE if answers else 0.0,
@@ -61,7 +61,7 @@ def countdown(response: str, numbers: list[int], target: int) -> dict[str, float
 
 def exact_value(answer: str, numbers: list[int], target: Fraction) -> Fraction | None:
     """The value of an answer; None where it is no expression of the numbers, or claims to equal another number."""
-    expression, equals, claim = " ".join(answer.split()).partition("=")
+    expression, equals, claim = " ".join(answer.split(None, MAX_CHARACTERS)).partition("=")  # with more pieces it is too long
     if equals and claim.strip() != str(target):
         return None
     expression = expression.strip().replace("\u00d7", "*").replace("\u00f7", "/")
@@ -113,9 +113,9 @@ def cs224r(text: str, numbers: list[int], target: int) -> dict[str, float]:
 
     Unlike countdown() it takes //, ** and decimal points (`1.5*2` counts as 1, 5 and 2), and an answer only on one line.
     """
-    lines = [part.rpartition("\n")[2] for part in text.split(CLOSING)[:-1]]
-    answers = [line.partition(OPENING)[2].strip() for line in lines if OPENING in line]
-    correct = bool(answers) and published_correct(answers[-1], numbers, target)
+    lines = [part.rpartition("\n")[2] for part in text.split(CLOSING)[:-1] if OPENING in part]
+    answers = [line for line in lines if OPENING in line]
+    correct = bool(answers) and published_correct(answers[-1].partition(OPENING)[2].strip(), numbers, target)
     score = 1.0 if correct else FORMAT_SCORE if answers else 0.0
     return {"score": score, "correct": float(correct), "format": float(bool(answers)), "num_answers": float(len(answers))}
 
