@@ -22,7 +22,7 @@ from data.sources import sha256_of
 from stages import list_stages
 from training import guards, memory
 from training.config import Config, read_config, to_yaml, trajectory
-from training.journal import Journal, now
+from training.journal import Journal, is_finished, now
 from training.waiting import Waiting
 
 # What imports torch or transformers is imported where it is used, so that --help answers at once.
@@ -128,7 +128,7 @@ class Run:
         self.stage.prepare(self)  # before a resume brings trained weights: DPO measures its reference here
         if self.found:
             self.resume(self.found)
-            if self.state.step >= self.last and self.target.exists():
+            if self.state.step >= self.last and self.target.exists() and is_finished(self.folder):
                 print(f"nothing to do: {self.folder} has all its {self.last} updates; train longer in a new --output_dir")
                 return 0
         if not (self.folder / "run.yaml").exists():
@@ -138,6 +138,8 @@ class Run:
         if not self.found:
             opening.write(self, expected)
             examiner.examine(0, "before")
+        elif self.state.step < self.last and due(self.config.eval_every, self.state.step, self.batches.steps_per_epoch):
+            examiner.examine(self.state.step, "during")  # a kill came after the save and before the end of this
         stop = guards.Stop()
         try:
             self.loop(stop, examiner)

@@ -36,33 +36,42 @@ class Examiner:
     ):
         """stage: whose loss is computed. state: where the run stands."""
         self.config, self.model, self.stage, self.rows, self.precision = config, model, stage, rows, precision
-        self.journal, self.state, self.folder = journal, state, Path(config.output_dir)
+        self.journal, self.state, self.start = journal, state, state.step
+        self.folder = Path(config.output_dir)
         self.task: Task | None = None
         if config.predict_with_generate or rows.test_set:
             self.task = stage.task if config.eval_task == "auto" and stage.task else find_task(config.eval_task)
-        self.figures: dict[str, dict[str, dict[str, float]]] = {}  # when -> set -> figure -> value
-        self.lines: dict[str, dict[str, list[dict]]] = {}  # when -> set -> lines
+        # when -> set -> figure -> value, and when -> set -> lines; "resumed": at the step that a resumed run stands at
+        self.figures: dict[str, dict[str, dict[str, float]]] = {}
+        self.lines: dict[str, dict[str, list[dict]]] = {}
         self.files: dict[str, PatientFile] = {}  # set -> outputs/<set>.jsonl
-        self._restore(state.step)
+        self._restore()
 
-    def _restore(self, step: int) -> None:
-        """Drop the lines of outputs/ from after this step, which the run writes again; what was found before the first step is
-        read from them and from the journal."""
+    def _restore(self) -> None:
+        """What was found before the first step, and at the step that a resumed run stands at, from the journal and outputs/;
+        lines of outputs/ from after this step, which the run writes again, are dropped."""
+        for record in read_journal(self.journal.path):
+            if record.get("event") == "eval" and record["step"] in (0, self.start):
+                found = {key: value for key, value in record.items() if key not in ("event", "step", "set", "seconds")}
+                self.figures.setdefault("resumed" if record["step"] else "before", {})[record["set"]] = found
         for path in (self.folder / "outputs").glob("*.jsonl"):
             whole = path.read_bytes().rpartition(b"\n")[0]  # a kill may have torn the last line
             lines = map(json.loads, whole.splitlines())  # of bytes: text is split at U+2028 and the like too
-            kept = [line for line in lines if 0 < step and line.get("step", 0) <= step]
-            before = [line for line in kept if line.get("when") == "before"]
-            self.lines.setdefault("before", {})[path.stem] = before
+            kept = [line for line in lines if 0 < self.start and line.get("step", 0) <= self.start]
+            if path.stem not in self.figures.get("resumed", {}):  # a kill has cut this evaluation off
+                kept = [line for line in kept if not self._is_resumed(line)]
+            self.lines.setdefault("before", {})[path.stem] = [line for line in kept if line.get("when") == "before"]
+            self.lines.setdefault("resumed", {})[path.stem] = [line for line in kept if self._is_resumed(line)]
             with whole_file(path) as file:
                 file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in kept)
-        for record in read_journal(self.journal.path):
-            if record.get("event") == "eval" and record["step"] == 0:
-                found = {key: value for key, value in record.items() if key not in ("event", "step", "set", "seconds")}
-                self.figures.setdefault("before", {})[record["set"]] = found
+
+    def _is_resumed(self, line: dict) -> bool:
+        """Whether a line of outputs/ is of an evaluation at the step that the run stands at."""
+        return line.get("step") == self.start and line.get("when") in ("during", "after")
 
     def examine(self, step: int, when: str) -> None:
-        """Evaluate every set; when is "before", "during" or "after". The test set is answered once, after."""
+        """Evaluate every set; when is "before", "during" or "after". The test set is answered once, after. What a resumed run
+        had found at its step before it was killed is not asked for again."""
         for name, (records, indices) in self.rows.eval_sets.items():
             self._examine_set(step, when, name, [records[i] for i in indices], self.config.predict_with_generate)
         if when == "after" and self.rows.test_set:
@@ -80,6 +89,10 @@ class Examiner:
         return path
 
     def _examine_set(self, step: int, when: str, name: str, records: list, answers: bool) -> None:
+        if step == self.start and name in self.figures.get("resumed", {}):
+            self.figures.setdefault(when, {})[name] = self.figures["resumed"][name]
+            self.lines.setdefault(when, {})[name] = self.lines["resumed"].get(name, [])
+            return
         started = time.perf_counter()
         file = self.files.setdefault(name, PatientFile(self.folder / "outputs" / f"{name}.jsonl"))
         file.write("")  # the file is made even where no answers are asked for
@@ -113,7 +126,9 @@ class Examiner:
         for name, after in self.figures.get("after", {}).items():
             before = self.figures.get("before", {}).get(name, {})
             for key in (key for key in after if key in before and key not in NOT_COMPARED):
-                unit, scale = ("", 1) if key.startswith("eval_") or key in NO_SHARES else ("%", 100)
+                is_share = not key.startswith("eval_") and key not in NO_SHARES
+                is_share &= all(0 <= value <= 1 for value in (before[key], after[key]))  # a reward may be any number
+                unit, scale = ("%", 100) if is_share else ("", 1)
                 values = {"before": scale * before[key], "after": scale * after[key], "unit": unit}
                 self.journal.event("comparison", self.state.step, name=f"{name}: {key.replace('_', ' ')}", **values)
 

@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,16 @@ class Server:
             self.keep_in(folder)
 
     def keep_in(self, folder: Path) -> None:
-        """From now on keep every reply in reward_cache.jsonl of this folder; those that lie there are known."""
-        path = folder / "reward_cache.jsonl"
-        self.file = PatientFile(path)
+        """Keep every reply in reward_cache.jsonl of this folder, those until now too; those that lie there are known."""
+        path, until_now = folder / "reward_cache.jsonl", self.known
+        self.file, self.known = PatientFile(path), {}
         if path.exists():
             lines = path.read_bytes()
             whole = lines.rfind(b"\n") + 1
             os.truncate(path, whole)  # what a kill left half written is asked again
-            self.known |= {line["key"]: line["reply"] for line in map(json.loads, lines[:whole].splitlines())}
+            self.known = {line["key"]: line["reply"] for line in map(json.loads, lines[:whole].splitlines())}
+        for key, reply in until_now.items():
+            self.keep(key, reply)
 
     def ask(self, messages: list[dict[str, str]], **settings: Any) -> str:
         """The model's reply to a conversation. Raises UserError where the server refuses or stays away."""
@@ -122,10 +125,15 @@ class Server:
         if key not in self.known:
             reply = self.request(body.encode())
             with self.lock:
-                self.known[key] = reply
-                if self.file:
-                    self.file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
+                self.keep(key, reply)
         return self.known[key]
+
+    def keep(self, key: str, reply: str) -> None:
+        """The first reply counts: for all who asked the same at once, and after a resume."""
+        if key not in self.known:
+            self.known[key] = reply
+            if self.file:
+                self.file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
 
     def request(self, body: bytes) -> str:
         """One request, repeated while the server is busy: after the time that it asks for, else after twice the pause."""
@@ -140,7 +148,9 @@ class Server:
                 with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
                     return self.text_of(json.load(response))
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code} {error.read(300).decode(errors='replace').strip()}"
+                problem = f"HTTP {error.code}"
+                with suppress(OSError, http.client.HTTPException):  # its words may break off, too
+                    problem += f" {error.read(300).decode(errors='replace').strip()}"
                 if error.code not in BUSY:
                     hint = f"; give the key in the environment variable {KEY}" if error.code in (401, 403) else ""
                     raise UserError(f"{self.url} refuses {self.model}: {problem}{hint}") from None
@@ -184,7 +194,7 @@ class ServedReward:
     def score(self, reply: Reply) -> dict[str, float]:
         """The number named reward, else the one named helpfulness, else the only one. Raises UserError for none."""
         text = self.server.ask(conversation_of(reply))
-        number = r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)"
+        number = r"([-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
         named = dict(re.findall(rf"([a-z]+)\s*[:=]\s*{number}", text.lower()))
         plain = re.fullmatch(number, text.strip().lower())
         found = named.get("reward", named.get("helpfulness", plain and plain[1]))

@@ -3,7 +3,7 @@
 A reward is a metric (eval/metrics.py) that names one of its numbers "score": the same function judges evaluation and
 RLOO. find_reward() gives a function of a list of answered rows, as a learned reward (eval/judges.py) needs it; a reward
 of your own is a function from one Reply to {"score": ..}, named `module:function`. Countdown answers are parsed as syntax
-trees over fractions and never run as code; any answer, however long, costs less than a millisecond.
+trees over fractions and never run as code; an answer of 10^5 characters, whatever they are, costs less than a millisecond.
 """
 
 import ast
@@ -25,7 +25,7 @@ Reward = Callable[[list[Reply]], list[dict[str, float]]]
 OPENING, CLOSING = "<answer>", "</answer>"
 PAIRWISE = "pairwise:"  # begins the name of a judge that is shown two answers, eval/tasks/win_rate.py's
 FORMAT_SCORE = 0.1  # of an answer in its tags that is not right, as published; right is 1, no answer is 0
-MAX_CHARACTERS = 300  # of an expression, blanks aside; longer ones are wrong
+MAX_CHARACTERS = 300  # of an expression, a run of blanks counted once; longer ones are wrong
 MAX_BITS = 4096  # of a power, in the published rules
 TOLERANCE = 1e-5  # of the published rules, which compute in floating point
 TRUTH = {"numbers", "target"}
@@ -47,8 +47,8 @@ def countdown(response: str, numbers: list[int], target: int) -> dict[str, float
     answer), valid (an expression of these numbers), num_answers.
     """
     numbers, target = [abs(int(number)) for number in numbers], Fraction(target)  # also of text, as some tables have them
-    answers = [part.rpartition(OPENING)[2] for part in response.split(CLOSING)[:-1] if OPENING in part]
-    value = exact_value(answers[-1], numbers, target) if answers else None
+    answers = [part for part in response.split(CLOSING)[:-1] if OPENING in part]
+    value = exact_value(answers[-1].rpartition(OPENING)[2], numbers, target) if answers else None
     correct = value is not None and value == target
     return {
         "score": 1.0 if correct else FORMAT_SCORE if answers else 0.0,
@@ -61,7 +61,7 @@ def countdown(response: str, numbers: list[int], target: int) -> dict[str, float
 
 def exact_value(answer: str, numbers: list[int], target: Fraction) -> Fraction | None:
     """The value of an answer; None where it is no expression of the numbers, or claims to equal another number."""
-    expression, equals, claim = " ".join(answer.split()).partition("=")
+    expression, equals, claim = " ".join(answer.split(None, MAX_CHARACTERS)).partition("=")  # with more pieces it is too long
     if equals and claim.strip() != str(target):
         return None
     expression = expression.strip().replace("\u00d7", "*").replace("\u00f7", "/")
@@ -113,14 +113,17 @@ def cs224r(text: str, numbers: list[int], target: int) -> dict[str, float]:
 
     Unlike countdown() it takes //, ** and decimal points (`1.5*2` counts as 1, 5 and 2), and an answer only on one line.
     """
-    lines = [part.rpartition("\n")[2] for part in text.split(CLOSING)[:-1]]
-    answers = [line.partition(OPENING)[2].strip() for line in lines if OPENING in line]
-    correct = bool(answers) and published_correct(re.sub("[ \t]{2,}", " ", answers[-1]), numbers, target)
+    lines = [part.rpartition("\n")[2] for part in text.split(CLOSING)[:-1] if OPENING in part]
+    answers = [line for line in lines if OPENING in line]
+    correct = bool(answers) and published_correct(answers[-1].partition(OPENING)[2].strip(), numbers, target)
     score = 1.0 if correct else FORMAT_SCORE if answers else 0.0
     return {"score": score, "correct": float(correct), "format": float(bool(answers)), "num_answers": float(len(answers))}
 
 
 def published_correct(expression: str, numbers: list[int], target: int) -> bool:
+    expression = expression.replace("\t", " ")
+    while "  " in expression:  # halves long runs of blanks; a regular expression would look at every character by itself
+        expression = expression.replace("  ", " ")
     if not is_written_in(r"[\d+\-*/().\s]+", expression, numbers):
         return False
     value = value_of(expression, PUBLISHED, lambda literal: literal)
@@ -195,13 +198,19 @@ def find_reward(name: str, folder: Path | None = None, requests_per_minute: floa
         from eval.judges import RewardModel
 
         return RewardModel(name, device)
-    module, _, function = name.partition(":")
-    if not function:
+    if not name.partition(":")[2]:
         raise UserError(f"--reward {name}: not one of {', '.join(RULES)}, no folder, no MODEL@URL, nor module:function")
+    return partial(each, import_function("--reward", name))
+
+
+def import_function(flag: str, name: str) -> Any:
+    """What `module:function` names. Raises UserError where it is not there, or its module fails."""
+    module, _, function = name.partition(":")
     try:
-        return partial(each, getattr(importlib.import_module(module), function))
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--reward {name}: {error}; module:function must be importable from the current folder") from None
+        return getattr(importlib.import_module(module), function)
+    except Exception as error:  # a module may be anyone's
+        problem = error if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{flag} {name}: {problem}; module:function must be importable from the current folder") from None
 
 
 def each(rule: Callable[[Reply], dict[str, float]], replies: list[Reply]) -> list[dict[str, float]]:

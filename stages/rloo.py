@@ -162,7 +162,8 @@ class Stage(sft.Stage):
             "advantage": advantage, "old_logprob": logprob, "reward": reward, "reward_spread": spread, "no_signal": spread == 0,
             "entropy": entropy / num_tokens, "answer_tokens": num_tokens, "stop_rate": stopped,
             "sampler_kl": column(e.values["sampler_logprob"] for e in examples) - logprob,
-        } | ({"kl": kl} if self.reference else {}) | {f"reward_{name}": score for name, score in scores.items()}  # fmt: skip
+        } | ({"kl": kl} if self.reference else {})  # fmt: skip
+        values |= {f"reward_{name}": score for name, score in scores.items() if f"reward_{name}" not in values}
         for number, example in enumerate(examples):
             example.values = {name: float(of_all[number]) for name, of_all in values.items()} | seconds
         if run.journal is not None:

@@ -199,7 +199,8 @@ def test_whose_folder_it_is(tmp_path):
         open_folder(stranger)
     assert [path.name for path in stranger.iterdir()] == ["thesis.tex"]
 
-    for marks in (("run.yaml", "notes.txt"), ("bad_rows.jsonl",), ("checkpoints/.saving-step-000001/weights",),
+    for marks in (("run.yaml", "notes.txt"), ("bad_rows.jsonl",), ("reward_cache.jsonl",),
+                  ("checkpoints/.saving-step-000001/weights",),
                   ("checkpoints/step-000001/manifest.json", "notes.txt")):  # fmt: skip
         ours = tmp_path / marks[0].replace("/", "-")
         for mark in marks:

@@ -13,7 +13,7 @@ HEART = [
     "model/quantize.py", "data/labels.py", "data/batches.py", "lora/merge.py", "training/precision.py",
     "training/checkpoint.py",
 ]  # fmt: skip
-HEART_LINES = 1660  # that are not blank
+HEART_LINES = 1665  # that are not blank
 FILE_LINES, FUNCTION_LINES, NESTING = 400, 65, 4
 
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if not any(part.startswith(".") for part in p.relative_to(ROOT).parts))

@@ -1,5 +1,6 @@
 """Rewards by name, GUI actions by the published rules, and learned rewards against what they are made of."""
 
+import itertools
 import json
 import re
 import shutil
@@ -77,6 +78,18 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     for wrong in ("count", "my_reward:nothing", "no_such_file:f"):
         with pytest.raises(UserError, match=f"--reward {wrong}"):
             find_reward(wrong)
+
+
+@pytest.mark.parametrize("find, flag", [(find_reward, "--reward"), (find_task, "--task")])
+def test_a_module_that_fails_is_a_sentence(tmp_path, monkeypatch, find, flag):
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = {"raises_early": "1 / 0", "half_written": "def judge(:", "lacks_it": "", "lacks_more": "import no_such_package"}
+    words = ["ZeroDivisionError: division by zero", "SyntaxError: invalid syntax (half_written.py, line 1)",
+             "module 'lacks_it' has no attribute 'judge'", "No module named 'no_such_package'"]  # fmt: skip
+    for (module, text), word in zip(texts.items(), words, strict=True):
+        (tmp_path / f"{module}.py").write_text(text)
+        with pytest.raises(UserError, match=re.escape(f"{flag} {module}:judge: {word}")):
+            find(f"{module}:judge")
 
 
 def test_a_row_without_the_truth_is_a_problem():
@@ -244,8 +257,8 @@ class FakeServer(BaseHTTPRequestHandler):
         found = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         status, text = (200, found(body)) if callable(found) else found
         if text == "break off":
-            self.send_response(200)
-            self.send_header("Content-Length", "9")
+            self.send_response(status)
+            self.send_header(*(("Content-Length", "9") if status == 200 else ("Transfer-Encoding", "chunked")))
             self.end_headers()
             return
         if status == 200:
@@ -291,7 +304,32 @@ def test_a_served_reward_is_asked_once_for_each_answer(server, tmp_path, monkeyp
     assert find_reward(name, tmp_path)(replies)[2]["score"] == -3.5 and len(fake.requests) == 4
 
 
-SCORES = {"reward:-4.125": -4.125, " 1.5\n": 1.5, "helpfulness:1.25,correctness:2,verbosity:0.5": 1.25, "reward: 3e-2": 0.03}
+def test_of_the_replies_to_the_same_answer_the_first_counts(server, tmp_path):
+    """A judge that never says the same twice, asked for 24 answers of which 3 differ: the file tells what was told."""
+    name, fake = server
+    said, lock = itertools.count(), threading.Lock()
+
+    def another(body):
+        with lock:
+            return f"reward:{next(said)}"
+
+    fake.replies = [another]
+    replies = [reply(text, messages=QUESTION) for text in ("a", "bb", "ccc") * 8]
+    judge = find_reward(name)
+    early = judge(replies[:3])  # the rehearsal of a run, before its folder is known
+    judge.server.keep_in(tmp_path)
+    told = judge(replies)
+    assert told[:3] == early and find_reward(name, tmp_path)(replies) == told
+    fresh = find_reward(name, tmp_path / "fresh")
+    (tmp_path / "fresh").mkdir()
+    told = fresh([reply(text, messages=QUESTION) for text in ("d", "e") * 12])
+    assert len({values["score"] for values in told}) == 2
+    again = find_reward(name, tmp_path / "fresh")
+    assert again([reply(text, messages=QUESTION) for text in ("d", "e") * 12]) == told
+
+
+SCORES = {"reward:-4.125": -4.125, " 1.5\n": 1.5, "helpfulness:1.25,correctness:2,verbosity:0.5": 1.25, "reward: 3e-2": 0.03,
+          "reward:2.5e+01": 25, "+0.5": 0.5}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", SCORES)
@@ -304,9 +342,9 @@ def test_spellings_of_a_served_score(server, text):
 def test_a_busy_server_is_asked_again_and_one_that_refuses_is_not(server, monkeypatch):
     name, fake = server
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    fake.replies = [(429, "slow down"), (503, "soon"), (200, "break off"), (200, "reward:1.0")]
+    fake.replies = [(429, "slow down"), (503, "soon"), (200, "break off"), (500, "break off"), (200, "reward:1.0")]
     assert find_reward(name)([reply("a", messages=QUESTION)])[0]["score"] == 1.0
-    assert len(fake.requests) == 4
+    assert len(fake.requests) == 5
     wrong = {"401": [(401, "no key")], "in 6 tries": [(500, "never")], "no reward but 'Nice!'": [(200, "Nice!")],
              "another form": [(200, None)]}  # fmt: skip
     for sentence, replies in wrong.items():

@@ -47,6 +47,11 @@ def checksum(reply) -> dict[str, float]:
     return {"score": sum(map(ord, reply.response)) % 11 / 10, "long": float(len(reply.response) > 4)}
 
 
+def unbounded(reply) -> dict[str, float]:
+    """A reward as a learned one gives it, and a number whose name is taken."""
+    return {"score": -1.0 - len(reply.response), "spread": 77.0, "long": float(len(reply.response) > 4)}
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -357,6 +362,18 @@ def test_evaluation_is_by_the_reward(monkeypatch, tmp_path, base, rows, capsys):
     assert "<|im_start|>assistant\n[[" in text  # a sampled answer, marked
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(name in page for name in ("reward spread", "no signal", "entropy", "stop rate", "sampled in step 3", "sampling"))
+
+
+def test_a_reward_may_be_any_number_of_any_name(monkeypatch, tmp_path, base, rows):
+    more = ["--eval_split", 3, "--max_steps", 1, "--reward", "test_rloo:unbounded"]
+    assert run(monkeypatch, *flags(base, rows, tmp_path / "out", *more)) == 0
+    [step] = steps_of(tmp_path / "out")
+    assert step["reward"] < -1 and 0 <= step["reward_long"] <= 1 and step["reward_spread"] < 77  # of a prompt's answers
+    records = read_journal(tmp_path / "out" / "journal.jsonl")
+    found = {record["name"]: record for record in records if record.get("event") == "comparison"}
+    [start, *_] = [record for record in records if record.get("event") == "eval"]
+    score = found["held_out: score"]
+    assert (score["before"], score["unit"]) == (start["score"], "") and found["held_out: long"]["unit"] == "%"
 
 
 def test_pictures(monkeypatch, tmp_path):

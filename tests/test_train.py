@@ -306,20 +306,52 @@ def test_every_kind_of_training_learns_and_can_be_asked(monkeypatch, tmp_path, b
 # ---- what must survive a kill, a smaller machine, a second start -----------------------------------------------------------
 
 
-def test_a_run_killed_before_its_export_is_finished_by_a_resume(monkeypatch, tmp_path, base, rows):
+@pytest.mark.parametrize("moment", ["Run.export", "examiner.Examiner.compare", "examiner.Examiner.close"])
+def test_a_run_killed_before_its_last_word_is_finished_by_a_resume(monkeypatch, tmp_path, base, rows, moment):
+    """Before the export, before the journal's last lines, and before the last report, which alone is not missed."""
     output = tmp_path / "out"
     arguments = flags(base, rows, output, "--use_lora", "--max_steps", 2, "--eval_split", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "export", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        place = f"train.{moment}" if moment == "Run.export" else f"eval.{moment}"
+        patch.setattr(place, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(patch, *arguments)
-    assert not (output / "adapter").exists()
+    assert (output / "adapter").exists() == (moment != "Run.export")
     assert run(monkeypatch, *arguments, "--resume", "yes") == 0
     assert (output / "adapter" / "adapter_model.safetensors").exists()
     records = read_journal(output / "journal.jsonl")
     assert [r["step"] for r in records if "event" not in r] == [1, 2]
     compared = [r for r in records if r.get("event") == "comparison"]
-    assert compared and compared[0]["name"] == "held_out: eval loss" and compared[0]["before"] > 0
+    assert [r["name"] for r in compared] == ["held_out: eval loss"] and compared[0]["before"] > 0
+    assert [r["reason"] for r in records if r.get("event") == "finish"] == ["finished"]
+
+
+@pytest.mark.parametrize("moment", ["in the evaluation", "after it", "before the export"])
+def test_an_evaluation_that_a_kill_cut_off_is_made_by_the_resume(monkeypatch, tmp_path, base, rows, moment):
+    """And one that was whole is not made twice: journal and answers are those of the run left in peace."""
+    straight, output = tmp_path / "straight", tmp_path / "out"
+    more = ["--use_lora", "--max_steps", 4, "--eval_split", 2, "--eval_every", 2, "--save_every", 2, "--save_total_limit", 9]
+    more = ["--predict_with_generate", "--max_new_tokens", 4, "--learning_rate", "1e-2", *more]
+    assert run(monkeypatch, *flags(base, rows, straight, *more)) == 0
+    shutil.copytree(straight, output)
+    shutil.rmtree(output / "adapter")
+    step = 4 if moment == "before the export" else 2
+    for name in ("journal.jsonl", "outputs/held_out.jsonl"):
+        lines = [json.loads(line) for line in (output / name).read_text().splitlines()]
+        kept = [line for line in lines if line["step"] <= step and line.get("event") not in ("comparison", "finish")]
+        if moment == "in the evaluation":  # one of two answers, and no figure
+            del kept[-1]
+        (output / name).write_text("".join(json.dumps(line) + "\n" for line in kept))
+    if step == 2:
+        shutil.rmtree(output / "checkpoints" / "step-000004")
+    assert run(monkeypatch, *flags(base, rows, output, *more), "--resume", "yes") == 0
+
+    def story(folder):
+        records = [r for r in read_journal(folder / "journal.jsonl") if r.get("event") in ("eval", "comparison")]
+        return [{key: value for key, value in r.items() if key != "seconds"} for r in records]
+
+    assert story(output) == story(straight) and [r["step"] for r in story(output)][:3] == [0, 2, 4]
+    assert (output / "outputs/held_out.jsonl").read_text() == (straight / "outputs/held_out.jsonl").read_text()
 
 
 def test_a_resume_cuts_rows_as_the_run_did(monkeypatch, tmp_path, base, rows):

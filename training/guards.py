@@ -22,7 +22,7 @@ from data.errors import UserError
 
 LOCK = ".lock"
 LEFT_BEHIND = ("checkpoints", "bad_rows.jsonl", "summary.json", "show.html", "check", "rows", ".rehearsal",
-               "reference.safetensors")  # without a step no run yet
+               "reference.safetensors", "reward_cache.jsonl")  # without a step no run yet
 WINDOW = 128  # steps; window and factor as in OLMo-core's skip-step optimizer
 SIGMAS = 6.0
 MAX_BAD = 5  # non-finite steps in a row

@@ -56,6 +56,12 @@ def read_journal(path: str | Path) -> list[dict]:
     return records
 
 
+def is_finished(folder: str | Path) -> bool:
+    """Whether a folder's journal tells the end of its run; one that was taken away tells nothing, and is not missed."""
+    records = read_journal(Path(folder) / "journal.jsonl")
+    return not records or any(record.get("event") == "finish" and record["reason"] == "finished" for record in records)
+
+
 def now() -> str:
     """The time of day, as records and pages show it."""
     return time.strftime("%Y-%m-%d %H:%M:%S")
@@ -118,6 +124,7 @@ class Journal:
         self.logger = None if report_to == "none" else open_logger(report_to, folder)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_journal(self.path) if record["step"] <= step] if step else []
+        kept = [record for record in kept if record.get("event") != "comparison"]  # made again at the end
         with whole_file(self.path) as file:
             file.write("".join(map(_line, kept)).encode())
         self.file = PatientFile(self.path)

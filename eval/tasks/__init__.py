@@ -12,7 +12,7 @@ from typing import Any
 
 from data.errors import UserError
 from eval.metrics import Reply
-from eval.rewards import find_reward
+from eval.rewards import find_reward, import_function
 
 Metric = Callable[[Reply], dict[str, float]]
 
@@ -55,13 +55,9 @@ def find_task(name: str) -> Task:
     """The task of this name, or of one metric `module:function`. Raises UserError with what there is."""
     if name in task_names():
         return importlib.import_module(f"eval.tasks.{name}").TASK
-    module, _, function = name.partition(":")
-    if not function:
+    if not name.partition(":")[2]:
         raise UserError(f"--task {name}: not one of {', '.join(task_names())}, nor module:function of yours")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"--task {name}: {error}; module:function must be importable from the current folder") from None
+    found = import_function("--task", name)
     if not isinstance(found, Task) and not callable(found):
         raise UserError(f"--task {name}: is neither a function nor a Task")
     return found if isinstance(found, Task) else Task([found])
