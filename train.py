@@ -198,7 +198,7 @@ class Run:
             self.journal.step(  # 7 one line on screen, one on disk
                 state.step, epoch=state.step / per_epoch, loss=loss, lr=rate, grad_norm=norm,
                 supervised_tokens=sum(e.num_supervised for e in examples), seconds=seconds, data_wait=waited, **figures,
-                memory=memory.peak_gib(self.device), rows=None if verdict.action == "update" else [row.id for row in rows],
+                memory=memory.peak_gib(self.device), rows=[row.id for row in rows], skipped=verdict.action != "update",
             )
             waiting.watch(sum(row.encode_seconds for row in rows), waited, seconds, self.journal.say)
             if verdict.action != "update":

@@ -11,13 +11,13 @@ from data.errors import UserError
 from training import journal as module
 from training.journal import Journal, PatientFile, read_journal
 
-KEYS = ["step", "loss", "lr", "grad_norm", "supervised_tokens", "seconds", "data_wait", "memory"]
+KEYS = ["step", "loss", "lr", "grad_norm", "supervised_tokens", "seconds", "data_wait", "memory", "rows"]
 
 
 def write_steps(journal, first, last, **values):
     for step in range(first, last + 1):
         figures = dict(epoch=0.5, loss=1.0 / step, lr=1e-4, grad_norm=0.5, supervised_tokens=100, seconds=2.0,
-                       data_wait=0.1, memory=1.5) | values
+                       data_wait=0.1, memory=1.5, rows=[f"r{step}"]) | values
         journal.step(step, **figures)
 
 
@@ -33,10 +33,10 @@ def test_a_step_has_exactly_the_agreed_keys(tmp_path):
     journal.close()
 
 
-def test_statistics_and_the_rows_of_a_skipped_step_are_kept(tmp_path):
+def test_statistics_rows_and_a_skipped_step_are_kept(tmp_path):
     journal = Journal(tmp_path, last_step=1)
-    write_steps(journal, 1, 1, rows=["a", "b"], reward=0.25)
-    assert read_journal(tmp_path / "journal.jsonl")[0] | {"rows": ["a", "b"], "reward": 0.25} == \
+    write_steps(journal, 1, 1, rows=["a", "b"], reward=0.25, skipped=True)
+    assert read_journal(tmp_path / "journal.jsonl")[0] | {"rows": ["a", "b"], "reward": 0.25, "skipped": True} == \
         read_journal(tmp_path / "journal.jsonl")[0]
 
 
@@ -144,7 +144,9 @@ def test_the_status_line(tmp_path, capsys):
 
 def test_a_skipped_step_is_always_shown(tmp_path, capsys):
     journal = Journal(tmp_path, last_step=10, logging_steps=100)
-    write_steps(journal, 3, 3, rows=["r7"], loss=float("nan"))
+    write_steps(journal, 2, 2)
+    assert capsys.readouterr().out == ""
+    write_steps(journal, 3, 3, skipped=True, loss=float("nan"))
     assert "loss nan" in (line := capsys.readouterr().out) and "SKIPPED" in line
 
 
@@ -162,10 +164,10 @@ def test_wandb_hears_numbers_only(tmp_path, monkeypatch):
     run = types.SimpleNamespace(log=heard.append, finish=lambda: heard.append("finished"))
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: run))
     journal = Journal(tmp_path, last_step=2, logging_steps=2, report_to="wandb")
-    write_steps(journal, 1, 2, rows=None)
+    write_steps(journal, 1, 2)
     journal.event("eval", 2, eval_loss=0.5, file="x")
     journal.close()
-    assert [set(record) for record in heard[:-1]] == [set(KEYS), {"step", "eval_loss"}] and heard[-1] == "finished"
+    assert [set(record) for record in heard[:-1]] == [set(KEYS) - {"rows"}, {"step", "eval_loss"}] and heard[-1] == "finished"
 
 
 def test_nothing_is_imported_for_loggers_nobody_asked_for(tmp_path, monkeypatch):

@@ -48,9 +48,10 @@ def run(folder, num_steps=5, finished=True, name="task <1>"):
                   hours=1.0)
     journal.event("eval", 0, eval_loss=2.5, accuracy=0.25, seconds=4.0)
     for step in range(1, num_steps + 1):
-        bad = {"rows": ["row-17"]} if step == 3 else {}
+        bad = {"skipped": True} if step == 3 else {}
         journal.step(step, epoch=0.1, loss=float("nan") if bad else 2.0 / step, lr=1e-4, grad_norm=1.0, data_wait=1.0,
-                     supervised_tokens=50, seconds=10.0, memory=1.75, forward_seconds=3.0, **bad)
+                     supervised_tokens=50, seconds=10.0, memory=1.75, forward_seconds=3.0, rows=[f"row-{14 + step}"],
+                     **bad)
     journal.event("comparison", num_steps, name=name, before=3.0, after=97.5, unit="%")
     if finished:
         journal.event("finish", num_steps, reason="finished")

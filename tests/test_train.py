@@ -240,7 +240,8 @@ def test_non_finite_step_never_reaches_the_weights(monkeypatch, tmp_path, base, 
     skipped = [r for r in records if r.get("event") == "skip"]
     assert [r["step"] for r in skipped] == [2]
     step = next(r for r in records if "event" not in r and r["step"] == 2)
-    assert sorted(step["rows"]) == sorted(calls[2])
+    assert sorted(step["rows"]) == sorted(calls[2]) and step["skipped"]
+    assert all(r["rows"] and "skipped" not in r for r in records if "event" not in r and r["step"] != 2)
     assert all(tensor.isfinite().all() for tensor in weights_of(output).values())
 
 

@@ -133,21 +133,21 @@ class Journal:
             self.event("resume", step)
 
     def step(self, step: int, *, epoch: float, loss: float, lr: float, grad_norm: float, supervised_tokens: int,
-             seconds: float, data_wait: float, memory: float, rows: list[str] | None = None,
+             seconds: float, data_wait: float, memory: float, rows: list[str], skipped: bool = False,
              **statistics: float) -> None:
         """Write one step down. seconds = wall time of the whole step, data_wait (seconds) included; memory = peak GiB.
 
-        rows: the row ids of a step whose update was skipped. statistics: figures of the stage; those named
+        rows: the ids of the step's rows. skipped: its update was not made. statistics: figures of the stage; those named
         *_seconds are shares of `seconds` and become the report's picture of where the time went.
         """
         record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "supervised_tokens": supervised_tokens,
-                  "seconds": seconds, "data_wait": data_wait, "memory": memory, **statistics}
-        if rows is not None:
-            record["rows"] = rows
+                  "seconds": seconds, "data_wait": data_wait, "memory": memory, **statistics, "rows": rows}
+        if skipped:
+            record["skipped"] = True
         self.file.write(_line(record))
         self.seconds_per_step = 0.9 * self.seconds_per_step + 0.1 * seconds if self.seconds_per_step else seconds
         self.bar.update()
-        if step % self.logging_steps == 0 or step == self.last_step or rows is not None:
+        if step % self.logging_steps == 0 or step == self.last_step or skipped:
             tqdm.write(self._status(record, epoch, statistics))
             self._log(record)
 
@@ -178,7 +178,7 @@ class Journal:
         if record["data_wait"] > 0.2 * record["seconds"]:  # worth a look: num_workers, or a slow disk
             line += f"  wait {record['data_wait']:.2f} s"
         shown = [f"{key} {value:.4g}" for key, value in statistics.items() if not key.endswith("_seconds")]
-        return "  ".join([line, *shown] + (["SKIPPED"] if "rows" in record else []))
+        return "  ".join([line, *shown] + (["SKIPPED"] if "skipped" in record else []))
 
     def close(self) -> None:
         self.bar.close()

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 NUM_ROLLOUTS = 8  # the last sampled answers of RLOO that the page shows
 KINDS, ARROW = ("expected", "before", "after"), "\u2192"
-STEP_KEYS = ("step", "loss", "lr", "grad_norm", "supervised_tokens", "seconds", "data_wait", "memory", "rows")  # of any stage
+STEP_KEYS = ("step", "loss", "lr", "grad_norm", "supervised_tokens", "seconds", "data_wait", "memory", "rows",
+             "skipped")  # of any stage
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the picture
 
 
@@ -260,7 +261,7 @@ def _progress(report: Report) -> str:
 
 
 def _is_taken(record: dict) -> bool:
-    return "rows" not in record and math.isfinite(record["loss"])
+    return "skipped" not in record and math.isfinite(record["loss"])
 
 
 def _evaluated(report: Report, key: str) -> dict[str, Points]:
