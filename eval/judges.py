@@ -26,7 +26,7 @@ from training.journal import PatientFile
 
 KEY = "REWARD_API_KEY"  # environment variable with the server's key
 BUSY = {408, 409, 425, 429, 500, 502, 503, 504}
-NUM_TRIES, TIMEOUT_SECONDS, REQUESTS_AT_ONCE = 6, 120, 8
+NUM_TRIES, TIMEOUT_SECONDS, LONGEST_PAUSE, REQUESTS_AT_ONCE = 6, 120, 3600, 8
 QUESTION = (
     "Compare two answers to the same conversation. Judge whether they do what was asked, are true and are no longer than "
     "they should be; the order in which they stand means nothing.\n\n[Conversation]\n{prompt}\n\n[Answer A]\n{first}\n\n"
@@ -101,6 +101,7 @@ class Server:
         self.url = rest.rstrip("/") + "/chat/completions"
         self.spacing = 60 / requests_per_minute if requests_per_minute else 0.0
         self.pause_seconds, self.lock, self.next_start = pause_seconds, threading.Lock(), 0.0
+        self.is_away = False  # it did not answer when last asked: it is tried once, not waited for at every answer anew
         self.file: PatientFile | None = None
         self.known: dict[str, str] = {}
         if folder:
@@ -140,13 +141,15 @@ class Server:
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
         if os.environ.get(KEY):
             request.add_unredirected_header("Authorization", f"Bearer {os.environ[KEY]}")  # for this host alone
-        problem = ""
-        for number in range(NUM_TRIES):
+        problem, num_tries = "", 1 if self.is_away else NUM_TRIES
+        for number in range(num_tries):
             self.wait_for_turn()
             pause = self.pause_seconds * 2**number
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-                    return self.text_of(json.load(response))
+                    reply = json.load(response)
+                self.is_away = False
+                return self.text_of(reply)
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}"
                 with suppress(OSError, http.client.HTTPException):  # its words may break off, too
@@ -155,12 +158,13 @@ class Server:
                     hint = f"; give the key in the environment variable {KEY}" if error.code in (401, 403) else ""
                     raise UserError(f"{self.url} refuses {self.model}: {problem}{hint}") from None
                 wanted = error.headers.get("Retry-After", "")
-                pause = float(wanted) if wanted.isdecimal() else pause
+                pause = min(float(wanted), LONGEST_PAUSE) if wanted.isdecimal() else pause
             except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, or one that broke off
                 problem = str(getattr(error, "reason", error))
-            if number + 1 < NUM_TRIES:
+            if number + 1 < num_tries:
                 time.sleep(pause)
-        raise UserError(f"{self.url}: no answer in {NUM_TRIES} tries ({problem}); its replies are kept, try again later")
+        self.is_away = True
+        raise UserError(f"{self.url}: no answer, tried {num_tries} times ({problem}); its replies are kept, try again later")
 
     def wait_for_turn(self) -> None:
         """Sleep until the next request may start."""

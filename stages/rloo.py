@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from model.family import Model
 
 NOT_SHOWN = ("advantage", "old_logprob")  # values of an answer that are no figures of the step
+SILENT_STEPS = 10  # in a row without a prompt that teaches, after which the run says so
 SMALLEST_SPREAD = 1e-4  # what --advantage group_std adds to the standard deviation, as TRL does
 
 
@@ -102,6 +103,7 @@ class Stage(sft.Stage):
             self.reference = reference_of(model, copy=True)
             self.held_bytes["reference weights"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         self.samples: PatientFile | None = None
+        self.silent_steps = 0
         self.engine = None  # vLLM's, started when it is first asked
         if flags.rollout_backend == "vllm":
             from eval import vllm_backend
@@ -168,7 +170,17 @@ class Stage(sft.Stage):
             example.values = {name: float(of_all[number]) for name, of_all in values.items()} | seconds
         if run.journal is not None:
             self.write_samples(run, replies, examples)
+            self.watch(run, learns=bool(spread.any()))
         return [examples] * self.flags.num_iterations
+
+    def watch(self, run: Any, learns: bool) -> None:
+        """Say so when steps in a row had no prompt with two answers of different reward: a night could pass like this."""
+        self.silent_steps = 0 if learns else self.silent_steps + 1
+        if self.silent_steps == SILENT_STEPS:
+            run.journal.say(
+                f"note: in {SILENT_STEPS} steps in a row all answers to a prompt got the same reward, which teaches nothing; "
+                "outputs/rollouts.jsonl shows some. SFT first, easier rows, more --num_samples or a higher --temperature help"
+            )
 
     def sample(self, run: Any, questions: list[Question]) -> tuple[list["Reply"], list["Example"]]:
         """num_samples answers to each question, side by side: what a reward is given, and what is trained on. A function

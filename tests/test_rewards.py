@@ -345,15 +345,32 @@ def test_a_busy_server_is_asked_again_and_one_that_refuses_is_not(server, monkey
     fake.replies = [(429, "slow down"), (503, "soon"), (200, "break off"), (500, "break off"), (200, "reward:1.0")]
     assert find_reward(name)([reply("a", messages=QUESTION)])[0]["score"] == 1.0
     assert len(fake.requests) == 5
-    wrong = {"401": [(401, "no key")], "in 6 tries": [(500, "never")], "no reward but 'Nice!'": [(200, "Nice!")],
+    wrong = {"401": [(401, "no key")], "tried 6 times": [(500, "never")], "no reward but 'Nice!'": [(200, "Nice!")],
              "another form": [(200, None)]}  # fmt: skip
     for sentence, replies in wrong.items():
-        fake.replies = replies
+        fake.replies = replies.copy()
         with pytest.raises(UserError, match=sentence):
             find_reward(name)([reply("a", messages=QUESTION)])
     nobody = "m@http://127.0.0.1:9/v1"
     with pytest.raises(UserError, match="127.0.0.1:9"):
         find_reward(nobody)([reply("a", messages=QUESTION)])
+
+
+def test_a_server_that_is_away_is_waited_for_once(server, monkeypatch):
+    """An evaluation of many rows is not held up by each of them; a server that is back is patiently asked again."""
+    name, fake = server
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    judge = find_reward(name)
+    for text, replies, tries in (("a", [(500, "no")], 6), ("b", [(500, "no")], 1), ("c", [(200, "reward:2")], 0)):
+        fake.replies = replies
+        if tries:
+            with pytest.raises(UserError, match=f"tried {tries} times"):
+                judge([reply(text, messages=QUESTION)])
+        else:
+            assert judge([reply(text, messages=QUESTION)])[0]["score"] == 2
+    assert len(fake.requests) == 6 + 1 + 1
+    fake.replies = [(500, "busy"), (200, "reward:3")]
+    assert judge([reply("d", messages=QUESTION)])[0]["score"] == 3
 
 
 def test_requests_are_spaced(server, monkeypatch):
