@@ -432,6 +432,21 @@ def test_pictures(monkeypatch, tmp_path, vision):
     assert known["logprobs"].flatten().tolist().count(pytest.approx(logprobs[0].item(), abs=1e-3)) == 1
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "minicpm_v", "cogagent", "phi3_vision"])
+def test_pictures_of_every_family(monkeypatch, tmp_path, family):
+    """Pairs about a picture; its own adapter off, or all weights against what they said at the start."""
+    write_tiny(family, tmp_path / "model")
+    Image.new("RGB", (120, 90), "teal").save(tmp_path / "page.png")
+    content = [{"type": "image", "image": "page.png"}, {"type": "text", "text": "which colour?"}]
+    row = {"prompt": [{"role": "user", "content": content}], "chosen": "teal", "rejected": "a shade of red"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    for name, more in {"full": ["--learning_rate", "1e-4"], "lora": ["--use_lora", "--learning_rate", "1e-2"]}.items():
+        assert run(monkeypatch, *flags(tmp_path / "model", path, tmp_path / name, *more, "--max_steps", 3)) == 0
+        steps = steps_of(tmp_path / name)
+        assert steps[0]["loss"] == pytest.approx(LN2, abs=1e-6) and steps[2]["margins"] > 0
+
+
 def test_lengths_count_both_sides(tmp_path, base, rows):
     """A limit holds for each conversation; memory is planned for the pair, which is never cut."""
     config = read_config([*map(str, flags(base, rows, tmp_path))], FLAGS)

@@ -376,9 +376,20 @@ def test_a_reward_may_be_any_number_of_any_name(monkeypatch, tmp_path, base, row
     assert (score["before"], score["unit"]) == (start["score"], "") and found["held_out: long"]["unit"] == "%"
 
 
-def test_pictures(monkeypatch, tmp_path):
+def test_a_run_that_learns_nothing_says_so(monkeypatch, tmp_path, base, rows, capsys):
+    monkeypatch.setattr("stages.rloo.SILENT_STEPS", 3)
+    more = ["--max_steps", 5, "--num_samples", 2, "--max_new_tokens", 2]
+    for reward, times in (("countdown", 1), ("test_rloo:checksum", 0)):
+        problems = tmp_path / "problems.jsonl"
+        problems.write_text("".join(json.dumps({"nums": [n, 2], "target": n + 2}) + "\n" for n in range(1, 9)))
+        assert run(monkeypatch, *flags(base, problems, tmp_path / reward[:4], *more, "--reward", reward)) == 0
+        assert capsys.readouterr().out.count("in 3 steps in a row all answers to a prompt got the same reward") == times
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "minicpm_v", "cogagent", "phi3_vision"])
+def test_pictures(monkeypatch, tmp_path, family):
     """Problems with a picture and a box, judged by where the answer points."""
-    write_tiny("qwen2_5_vl", tmp_path / "vl")
+    write_tiny(family, tmp_path / "vl")
     lines = []
     for number in range(3):
         Image.effect_noise((60 + 20 * number, 90), 50).convert("RGB").save(tmp_path / f"{number}.png")
@@ -390,7 +401,8 @@ def test_pictures(monkeypatch, tmp_path):
     assert run(monkeypatch, *flags(tmp_path / "vl", path, tmp_path / "out", *more)) == 0
     steps = steps_of(tmp_path / "out")
     assert steps[0]["kl"] == 0 and steps[0]["grad_norm"] > 0 and steps[1]["kl"] != 0
-    assert run(monkeypatch, *flags(tmp_path / "vl", path, tmp_path / "box", *more, "--reward", "box_iou")) == 0
+    more = ["--max_steps", 1, "--use_lora", "--reward", "box_iou"]
+    assert run(monkeypatch, *flags(tmp_path / "vl", path, tmp_path / "box", *more)) == 0
 
 
 # ---- settings and memory --------------------------------------------------------------------------------------------------
