@@ -236,7 +236,7 @@ def test_precision_is_chosen_by_what_the_device_computes(monkeypatch):
 def test_the_table_and_its_autocast():
     bf16 = choose("bf16", CPU)
     assert bf16.compute == bf16.frozen == bf16.full_8bit == torch.bfloat16
-    assert bf16.adapter == bf16.full == torch.float32
+    assert bf16.full == torch.float32
     weight = torch.randn(4, 4, requires_grad=True)
     for name, expected in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         with choose(name, CPU).autocast():
