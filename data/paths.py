@@ -20,7 +20,12 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
           "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}  # words of a path
 NO_ROWS = {"manifest.json", "plan.json", "bad_rows.jsonl", "bad_images.jsonl", "images.jsonl", "judged_answers.jsonl",
            "summary.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what commands leave
-PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstandard"}  # by the first bytes
+NOT_ROWS = {  # by the first bytes
+    b"\x1f\x8b": "is packed with gzip; unpack it", b"PK\x03\x04": "is packed with zip; unpack it",
+    b"\x28\xb5\x2f\xfd": "is packed with zstandard; unpack it", b"\xff\xfe": "is UTF-16; save it as UTF-8",
+    b"\xfe\xff": "is UTF-16; save it as UTF-8", b"version https://git-lfs": "is a pointer of Git LFS and not the rows; git lfs "
+    "pull fetches them",
+}  # fmt: skip
 WEIGHT = re.compile(r"(.+)\*(\d+\.?\d*|\.\d+)")
 
 
@@ -109,19 +114,17 @@ def _open_file(path: Path) -> Source:
         raise UserError(f"{path} ends in none of {', '.join(FORMATS)}; rows are read from those, or from a folder of them")
     if not path.is_file():
         raise UserError(f"there is no file {path}; give a {', '.join(FORMATS)} file that exists")
-    if path.suffix == ".parquet":
-        from data.tables import open_parquet
-
-        return open_parquet(path)
     with open(path, "rb") as file:
         head = file.read(2**16)
         body = head.removeprefix(b"\xef\xbb\xbf").lstrip()
         file.seek(len(head) - len(body))
         first, rest = file.readline(MAX_ROW_BYTES).rstrip(), file.read(2**16).lstrip()
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path} is UTF-16; save it as UTF-8")
-    if kind := next((name for start, name in PACKED.items() if head.startswith(start)), None):
-        raise UserError(f"{path} is packed with {kind}; unpack it")
+    if words := next((words for start, words in NOT_ROWS.items() if head.startswith(start)), None):
+        raise UserError(f"{path} {words}")
+    if path.suffix == ".parquet":
+        from data.tables import open_parquet
+
+        return open_parquet(path)
     if path.suffix == ".jsonl" and first == b"{" and rest.startswith(b'"'):
         raise UserError(f"{path}: its first row goes on over several lines; write one row a line, or a list of all as .json")
     # one value a line: the first line closes what it opens (a .json's array may close another there), or is a damaged one

@@ -115,8 +115,11 @@ class Examiner:
                         batch_tokens=batch_tokens, output=file, extra=extra,
                     )
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or batch_tokens < 2:
+                if not is_out_of_memory(error):
                     raise
+            if batch_tokens < 2:
+                raise UserError("out of memory in evaluation with one row at a time; lower --max_new_tokens or --max_pixels, "
+                                "or train without --eval_path and --eval_split and evaluate later, with python -m eval")
             file.go_back(place)
             batch_tokens //= 2
             print(f"out of memory in evaluation: once more with {batch_tokens} positions at a time")

@@ -248,6 +248,7 @@ def test_a_first_line_that_is_cut_short_hides_no_row(write, name, first):
 
 @pytest.mark.parametrize("content, words", [
     (gzip.compress(b"{}", mtime=0), "packed with gzip; unpack it"), (b"PK\3\4..", "packed with zip"),
+    ("{}".encode("utf-16"), "UTF-16; save it as UTF-8"), (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
     (json.dumps({"messages": CHAT}, indent=2).encode(), "goes on over several lines; write one row a line"),
 ])
 def test_a_file_of_another_form_than_its_name_says(write, content, words):

@@ -267,6 +267,25 @@ def test_out_of_memory_redoes_the_step(monkeypatch, tmp_path, base, rows, capsys
     assert losses_of(tmp_path / "tight") == pytest.approx(losses_of(plain), abs=1e-5)
 
 
+def test_out_of_memory_in_evaluation_takes_fewer_rows_at_a_time(monkeypatch, tmp_path, base, rows, capsys):
+    from eval import examiner
+
+    original, room = examiner.evaluate, [1]
+
+    def tight(*arguments, batch_tokens, **more):
+        if batch_tokens > room[0]:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(*arguments, batch_tokens=batch_tokens, **more)
+
+    monkeypatch.setattr(examiner, "evaluate", tight)
+    more = ["--max_steps", 1, "--eval_split", 2, "--micro_tokens", 64]
+    assert run(monkeypatch, *flags(base, rows, tmp_path / "fits", *more)) == 0
+    assert "out of memory in evaluation: once more with 1 positions" in capsys.readouterr().out
+    room[0] = 0
+    with pytest.raises(train.UserError, match="one row at a time; lower --max_new_tokens or --max_pixels"):
+        run(monkeypatch, *flags(base, rows, tmp_path / "tight", *more))
+
+
 @pytest.mark.slow
 def test_the_seeds_command_on_real_rows(monkeypatch, tmp_path):
     """A tiny random Qwen2.5-VL with the real tokenizer, on 27 real GUICourse rows, with the seed's own flags."""
