@@ -45,12 +45,17 @@ class Rows:
         dialects = ", ".join(f"{count} {name}" for name, count in self.train.dialects.items())
         notes = "".join(f"; {count} x {note}" for note, count in self.train.notes.items())
         held = "".join(f", {len(rows)} in {name}" for name, (_, rows) in self.eval_sets.items())
-        total = sum({file["file"]: file["rows"] for file in self.files}.values())  # one may be trained on and evaluated
-        skipped = f"skipped {len(self.bad)} of {total} rows\n" if self.bad else ""
+        skipped = f"{self.skipped}\n" if self.bad else ""
         weights = [f"{part.source.entry} x {part.source.weight:g}" for part in self.train.parts]
         weighed = f", an epoch is {', '.join(dict.fromkeys(weights))}" if any(not w.endswith(" x 1") for w in weights) else ""
         rows = f"{len(self.lengths.kept)} rows to train on ({dialects}{notes}){weighed}{held}"
         return f"{skipped}{rows}, the longest {self.lengths.longest} positions"
+
+    @property
+    def skipped(self) -> str:
+        """How many rows have been skipped until now; a file that is trained on and evaluated counts once."""
+        total = sum({file["file"]: file["rows"] for file in self.files}.values())
+        return f"skipped {len(self.bad)} of {total} rows"
 
     @property
     def sha256(self) -> str:
@@ -68,15 +73,16 @@ class Rows:
             raise UserError(f"{sentences[0]}; correct it and start again, or go on without it: --on_bad_row skip --resume yes")
         for sentence in sentences:
             print(f"skipped {printable(sentence)}")
-        self.refuse(bad)
+        if self.refuse(bad):
+            print(self.skipped)
         return [e for e in examples if not isinstance(e, UserError)]
 
-    def refuse(self, bad: list[dict]) -> None:
-        """Take rows into the list of refused ones, each once, and write the file anew."""
+    def refuse(self, bad: list[dict]) -> bool:
+        """Take rows into the list of refused ones, each once, and write the file anew. Whether one was new."""
         known = {row["where"] for row in self.bad}
         new = [row for row in bad if row["where"] not in known]
         if not new:
-            return
+            return False
         self.bad += new
         part = self.bad_path.with_name(f".{self.bad_path.name}.part")
         try:  # whole or as it was, and a full disk ends no run
@@ -84,6 +90,7 @@ class Rows:
             os.replace(part, self.bad_path)
         except OSError as error:
             print(f"warning: {self.bad_path} cannot be written ({error.strerror}); the run goes on", file=sys.stderr)
+        return True
 
 
 def open_rows(

@@ -30,7 +30,7 @@ PROBLEM_KEYS = {"where", "id", "problem"}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """text/, vl/: tiny models; a.png (400 x 300), cut.png (its header and half of its pixels)."""
+    """text/, vl/: tiny models; a.png (400 x 300), cut.png (its first half), torn.png (without its middle)."""
     folder = tmp_path_factory.mktemp("world")
     for name, family in (("text", "qwen2"), ("vl", "qwen2_5_vl")):
         write_tiny(family, folder / name)
@@ -39,6 +39,7 @@ def world(tmp_path_factory):
     Image.new("RGB", (20, 10), "red").save(folder / "b.png")
     raw = (folder / "a.png").read_bytes()
     (folder / "cut.png").write_bytes(raw[: len(raw) // 2])
+    (folder / "torn.png").write_bytes(raw[: len(raw) // 2] + raw[-100:])
     return folder
 
 
@@ -155,7 +156,7 @@ def test_pictures_inside_a_table(check, world):
     write_table(pyarrow.Table.from_pylist(rows), world / "table.parquet")
     page, bad, summary = check([], "--data_path", world / "table.parquet")
     assert list(bad) == [2, 3] and "cut short" in bad[2] and "not named by a path: b''" in bad[3]
-    assert summary["repeated"] == [["table.parquet:4", "table.parquet:1"]] and "in 3 rows, of 400 x 300" in page
+    assert summary["repeated"] == [["table.parquet:4", "table.parquet:1"]] and "in 2 rows, of 400 x 300" in page
 
 
 def test_boxes_that_are_rewritten(check):
@@ -175,7 +176,7 @@ def test_the_boxes_of_calls_are_looked_at(check):
 
 
 def test_two_faults_of_a_row_are_one_line(check):
-    _, bad, summary = check([picture("cut.png", answer="<box>-1 0 3 4</box>")])
+    _, bad, summary = check([picture("torn.png", answer="<box>-1 0 3 4</box>")])
     assert "cut short" in bad[1] and "box lies outside" in bad[1] and summary["bad_rows"] == 1
     assert len(summary["problems"]) == 2
 

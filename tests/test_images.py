@@ -215,6 +215,20 @@ def test_large_file_is_refused(tmp_path):
         image_size(path)
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_whole_picture_is_not_decoded_to_know_its_size(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"page.{suffix}"
+    Image.new("RGB", (32, 24), "teal").save(path)
+    whole = path.read_bytes()
+    monkeypatch.setattr("data.images.open_image", lambda *_: pytest.fail("decoded"))
+    for behind in (b"", b"\0" * 500):
+        path.write_bytes(whole + behind)
+        assert image_size(path) == image_size(path.read_bytes()) == (32, 24)
+    monkeypatch.undo()
+    path.write_bytes(whole + b"\0" * 5000)  # what it then takes to tell it from one that was cut
+    assert image_size(path) == (32, 24)
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp"])
 def test_every_cut_and_every_flip_is_a_picture_or_a_sentence(tmp_path, suffix):
     """No cut is silently completed with grey, no damaged byte is a traceback."""
@@ -227,8 +241,12 @@ def test_every_cut_and_every_flip_is_a_picture_or_a_sentence(tmp_path, suffix):
         try:
             assert open_image(path).tobytes() == pixels  # a PNG lacks its last mark alone
             assert len(content) - end <= 20
+            assert image_size(path) == (32, 24)
         except UserError as error:
             assert "damaged" in str(error)
+            if suffix in ("png", "jpg"):  # seen before a run, without a pixel decoded of whole files
+                with pytest.raises(UserError, match="damaged"):
+                    image_size(path)
     rng = numpy.random.default_rng(2)
     for _ in range(200):
         flipped = bytearray(content)

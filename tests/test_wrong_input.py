@@ -360,15 +360,22 @@ def save(path: Path, width: int, height: int) -> None:
     Image.new("RGB", (width, height), "navy").save(path)
 
 
-def truncated_picture(folder: Path) -> None:
+def tear(path: Path) -> None:
+    """Take the middle out: with its header and its end a picture is whole until it is decoded."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + content[-50:])
+
+
+def damaged_picture(folder: Path, damage) -> None:
     noise = Image.effect_noise((200, 200), 90).convert("RGB")
     noise.save(folder / "x.png")
-    truncate(folder / "x.png")
+    damage(folder / "x.png")
 
 
 PICTURES = {
     "missing": ("x.png", lambda f: None, ["x.jsonl:2", "no file"]),
-    "truncated": ("x.png", truncated_picture, ["x.jsonl:2", "x.png", "cut short"]),
+    "truncated": ("x.png", lambda f: damaged_picture(f, truncate), ["1 of 2 rows: x.jsonl:2", "x.png", "cut short"]),
+    "torn": ("x.png", lambda f: damaged_picture(f, tear), ["x.jsonl:2", "x.png", "cut short"]),
     "empty": ("x.png", lambda f: (f / "x.png").touch(), ["x.jsonl:2", "x.png"]),
     "text": ("x.png", lambda f: (f / "x.png").write_text("<svg/>"), ["x.jsonl:2", "x.png", "PNG"]),
     "a folder": ("x.png", lambda f: (f / "x.png").mkdir(), ["x.jsonl:2"]),
@@ -413,7 +420,7 @@ def test_a_bad_row_in_the_middle_of_a_run(refused, monkeypatch, capsys, world, t
     """Found by a worker, because only pixels show it: the run ends saved, and goes on without the row when told to."""
     shutil.copy(world / "shot.png", tmp_path)
     shutil.copy(world / "shot.png", tmp_path / "x.png")  # as large as all others: not among the rows that are shown before
-    truncate(tmp_path / "x.png")
+    tear(tmp_path / "x.png")
     rows = write_rows(tmp_path / "x.jsonl", [picture_row("shot.png")] * 20 + [picture_row("x.png")])
     flags = train_flags(world, tmp_path / "out", "--use_lora", "--epochs", 1, "--seed", 2, base="vl", rows=rows)
     refused(train.main, flags, "x.jsonl:21", "cut short", "--on_bad_row skip --resume yes")
@@ -426,12 +433,12 @@ def test_a_bad_row_in_the_middle_of_a_run(refused, monkeypatch, capsys, world, t
 
 def test_the_longest_rows_are_bad(monkeypatch, capsys, world, tmp_path):
     """More of them than the rehearsal takes, and all but the last two rows: those are trained on."""
-    truncated_picture(tmp_path)
+    damaged_picture(tmp_path, tear)
     shutil.copy(world / "shot.png", tmp_path)
     rows = write_rows(tmp_path / "x.jsonl", [picture_row("x.png")] * 17 + [picture_row("shot.png")] * 2)
     flags = train_flags(world, tmp_path / "out", "--use_lora", "--epochs", 1, "--on_bad_row", "skip", base="vl", rows=rows)
     code, out, _ = door(monkeypatch, capsys, train.main, *flags)
-    assert code == 0 and "skipped x.jsonl:17: picture" in out
+    assert code == 0 and "skipped x.jsonl:17: picture" in out and "\nskipped 17 of 19 rows\n" in out
     assert len((tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()) == 17
 
 
@@ -447,7 +454,7 @@ def test_the_longest_rows_have_no_form(monkeypatch, capsys, world, tmp_path):
 
 
 def test_every_picture_is_bad(refused_run, tmp_path):
-    truncated_picture(tmp_path)
+    damaged_picture(tmp_path, tear)
     rows = write_rows(tmp_path / "x.jsonl", [picture_row("x.png")] * 2)
     refused_run("none of the rows", "bad_rows.jsonl", base="vl", rows=rows, flags=["--on_bad_row", "skip"])
 
