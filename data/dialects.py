@@ -144,11 +144,12 @@ def read_row(
         else:
             items = found.read(row, size_of) if found.measures else found.read(row)
         if not isinstance(items, list | Preference | Question):
-            raise TypeError(f"the turns are not a list but {short(items)}")
+            raise Problem(f"not readable as {name}", f"its turns are not a list but {short(items)}")
         if note := found.note(row):
             notes[note] += 1
     except MISSHAPEN as error:
-        raise Problem(f"not readable as {name}", f"{type(error).__name__} {error}") from None
+        found = f"{type(error).__name__}: {error}"
+        raise Problem(f"not readable as {name}", f"a field has another form than in such rows ({found})") from None
     if template is not None and found is not TABLE:
         if not isinstance(items, Question):
             raise Problem("--prompt_template alone is for problems", f"this is {name}; add --response_template")

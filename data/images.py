@@ -4,7 +4,7 @@ A picture file is a stranger's file: size on disk and size in pixels are read fr
 single pixel is decoded, only five plain formats are tried, and whatever the decoder objects to becomes one sentence
 that names the file. A PNG or JPEG whose end is missing is found before a run, without decoding the others. EXIF
 orientation is NOT applied: the original Qwen, MiniCPM, CogAgent and Phi-3 code reads the stored pixels too, and boxes in
-the rows are written for those. A header costs under 0.1 ms, an annotated screenshot (1330 x 1970) about 0.2 s and 63 MB
+the rows are written for those. Header and end cost about 0.1 ms, an annotated screenshot (1330 x 1970) about 0.2 s and 63 MB
 of patches. With --image_cache the resized picture stays on disk as a PNG.
 
 A picture is a path, the bytes of a file, or a data URL (saved runs of agents hold those); "page.png#xywh=0,720,1280,720",

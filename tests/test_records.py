@@ -399,7 +399,8 @@ def test_a_dialect_of_your_own(write):
         records = open_records(write([{"question": "2 + 2?", "choices": ["3", "4"], "right": 1, "image": "a.png"},
                                       {"question": "2 + 2?", "choices": ["3"], "right": 1}]), on_bad_row="skip")
         assert records[0].messages[1]["content"] == "4" and records[0].messages[0]["content"][0]["type"] == "image"
-        assert records.bad[0]["problem"].startswith("not readable as quiz: IndexError")
+        assert records.bad[0]["problem"].startswith(
+            "not readable as quiz: a field has another form than in such rows (IndexError")
     finally:
         DIALECTS[:] = before
     assert "no dialect" in problem_of(write([{"question": "x", "choices": []}]))
