@@ -101,7 +101,7 @@ class Examiner:
         self.figures.setdefault(when, {})[name] = shown
         self.lines.setdefault(when, {})[name] = found.lines
         self.journal.event("eval", step, set=name, seconds=time.perf_counter() - started, **shown)
-        self.journal.say(f"{name} at step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
+        self.journal.say(f"{name} at step {step}:", *(f"{key} {value:.4g}" for key, value in shown.items()))
 
     def _evaluate(self, file: PatientFile, records: list, task: Task | None, extra: dict) -> Evaluation:
         """evaluate(), and after each out of memory again with half the positions at once: no run dies of this."""

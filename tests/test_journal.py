@@ -129,6 +129,18 @@ def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path, capsys
         PatientFile(path).write("line")
 
 
+def test_what_is_wider_than_the_terminal_goes_on_below(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    journal = Journal(tmp_path, last_step=1)
+    parts = ["held out at step 3:", "loss 1.25", "answer_tokens 12", "stop_rate 1", "one whose name is longer than the line"]
+    journal.say(*parts)
+    assert capsys.readouterr().out == "  ".join(parts) + "\n"  # a file is searched line by line
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    journal.say(*parts)
+    assert capsys.readouterr().out.splitlines() == [
+        "held out at step 3:  loss 1.25", "    answer_tokens 12  stop_rate 1", f"    {parts[-1]}"]  # fmt: skip
+
+
 def test_the_status_line(tmp_path, capsys):
     journal = Journal(tmp_path, last_step=10, logging_steps=4)
     write_steps(journal, 1, 10, accuracy=0.5, forward_seconds=0.7)

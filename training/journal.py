@@ -9,6 +9,7 @@ needed; wandb and tensorboard are there for those who ask (--report_to). Costs a
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from importlib import import_module
@@ -148,7 +149,7 @@ class Journal:
         self.seconds_per_step = 0.9 * self.seconds_per_step + 0.1 * seconds if self.seconds_per_step else seconds
         self.bar.update()
         if step % self.logging_steps == 0 or step == self.last_step or skipped:
-            tqdm.write(self._status(record, epoch, statistics))
+            self.say(*self._status(record, epoch, statistics))
             self._log(record)
 
     def event(self, event: str, step: int, **values: Any) -> None:
@@ -157,15 +158,22 @@ class Journal:
         self.file.write(_line(record), sync=True)  # rare, and a commit's record should survive what the commit survives
         self._log(record)
 
-    def say(self, text: str) -> None:
-        """Print a line above the status bar."""
-        tqdm.write(text)
+    def say(self, *parts: str) -> None:
+        """Print a line above the status bar: the parts side by side, or below each other where the terminal is too narrow."""
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+        lines = [parts[0]]
+        for part in parts[1:]:
+            if len(lines[-1]) + 2 + len(part) <= width:
+                lines[-1] += f"  {part}"
+            else:
+                lines.append(f"    {part}")
+        tqdm.write("\n".join(lines))
 
     def _log(self, record: dict) -> None:
         if self.logger:
             self.logger.log({key: value for key, value in record.items() if isinstance(value, int | float)})
 
-    def _status(self, record: dict, epoch: float, statistics: dict[str, float]) -> str:
+    def _status(self, record: dict, epoch: float, statistics: dict[str, float]) -> list[str]:
         left = int(self.seconds_per_step * (self.last_step - record["step"]))
         width = len(str(self.last_step))
         line = (f"step {record['step']:{width}d}/{self.last_step}  epoch {epoch:.2f}  loss {record['loss']:.4f}  "
@@ -178,7 +186,7 @@ class Journal:
         if record["data_wait"] > 0.2 * record["seconds"]:  # worth a look: num_workers, or a slow disk
             line += f"  wait {record['data_wait']:.2f} s"
         shown = [f"{key} {value:.4g}" for key, value in statistics.items() if not key.endswith("_seconds")]
-        return "  ".join([line, *shown] + (["SKIPPED"] if "skipped" in record else []))
+        return [line, *shown] + (["SKIPPED"] if "skipped" in record else [])
 
     def close(self) -> None:
         self.bar.close()
