@@ -74,9 +74,12 @@ class Evaluation:
                 bar.update(len(rows))
 
     def encode(self, record: Record) -> Any:
-        """As the stage does: a row that it refuses is a problem here too. A record of kind "problem" has no loss."""
-        is_trained = self.stage is not None and record.kind != "problem"
-        return self.stage.encode(record) if is_trained else encode_row(self.model.family, record)
+        """As the stage does, so that a row it refuses has a problem here too; a problem's prompt has no label and no loss."""
+        if record.kind == "problem":
+            return self.model.family.encode_prompt(record.messages, record.tools)
+        if self.stage is None:
+            return self.model.family.encode(up_to_answer(record.messages), record.tools)
+        return self.stage.encode(record)
 
     def write(self, line: dict[str, Any]) -> None:
         self.lines.append(self.extra | line)
@@ -129,13 +132,6 @@ def encode_rows(
             yield record, encode(record)
         except UserError as error:
             write({"id": record.id, "where": record.where, "problem": str(error)})
-
-
-def encode_row(family: Family, record: Record) -> Example:
-    """A record up to its last trained answer; of a problem the prompt, which has no label."""
-    if record.kind == "problem":
-        return family.encode_prompt(record.messages, record.tools)
-    return family.encode(up_to_answer(record.messages), record.tools)
 
 
 def up_to_answer(messages: list[dict]) -> list[dict]:
