@@ -119,8 +119,7 @@ class Stage(sft.Stage):
         return Task([lambda reply: self.rewards([reply])[0]])
 
     def encode(self, record: "Record") -> Question:
-        prompt = self.family.encode_prompt(record.messages, record.tools, id=record.id, where=record.where)
-        return Question(prompt, record)
+        return Question(self.family.encode_prompt(record.messages, record.tools, id=record.id, where=record.where), record)
 
     def prepare(self, run: Any) -> None:
         """A resumed run must sample answers as long as before, and be told what a server has said of them before."""
