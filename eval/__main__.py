@@ -170,10 +170,11 @@ def score(flags: argparse.Namespace) -> None:
     sampling = task.sampling | {key: getattr(flags, key) for key in SAMPLING if getattr(flags, key) is not None}
     if sampling.get("num_samples", 1) > 1 and not sampling.get("temperature"):
         raise UserError("--num_samples draws several answers, which are all the same at temperature 0; give --temperature")
-    # the other model answers before this one is loaded: they are never in memory together
-    others = other_lines(flags, chosen, task, sampling, folder / f"{name}.against.jsonl") if flags.against else None
+    task = replace(task, max_new_tokens=flags.max_new_tokens or task.max_new_tokens, sampling=sampling)
+    if flags.against:  # it answers before this one is loaded: they are never in memory together
+        task = replace(task, others=other_lines(flags, chosen, task, folder / f"{name}.against.jsonl"))
     path = folder / f"{name}.jsonl"
-    result = answer_rows(open_model(flags), chosen, task, flags, path, records.bad, sampling=sampling, others=others)
+    result = answer_rows(open_model(flags), chosen, task, flags, path, records.bad)
     problems = records.bad + [line for line in result.lines if "problem" in line]
     num_problems = len(records.bad) + result.figures["num_problems"]
     figures = result.figures | {"num_rows": len(chosen) + len(records.bad), "num_problems": num_problems}
@@ -186,21 +187,19 @@ def score(flags: argparse.Namespace) -> None:
     print(f"answers in {path}")
 
 
-def answer_rows(subject: Any, records: list, task: Any, flags: argparse.Namespace, path: Path, bad: list, **settings: Any):
-    """evaluate() on the rows into a file of lines, refused rows first."""
-    from eval.evaluate import evaluate
+def answer_rows(subject: Any, records: list, task: Any, flags: argparse.Namespace, path: Path, bad: list):
+    """The Evaluation of the rows, its lines in a file, refused rows first."""
+    from eval.evaluate import Evaluation
     from stages import sft
 
     with open(path, "w", encoding="utf-8", buffering=1) as output, subject.precision.autocast():
         for row in bad:
             output.write(json.dumps(row, ensure_ascii=False) + "\n")
-        return evaluate(
-            subject.model, records, task, stage=sft.Stage(sft.Flags(), subject.model), max_new_tokens=flags.max_new_tokens,
-            batch_tokens=flags.batch_tokens, output=output, **settings,
-        )
+        stage = sft.Stage(sft.Flags(), subject.model)
+        return Evaluation(subject.model, task, stage=stage, batch_tokens=flags.batch_tokens, output=output).run(records)
 
 
-def other_lines(flags: argparse.Namespace, records: list, task: Any, sampling: dict, path: Path) -> dict[str, dict]:
+def other_lines(flags: argparse.Namespace, records: list, task: Any, path: Path) -> dict[str, dict]:
     """where -> the line of --against, a model or the file of its lines. Raises UserError for neither."""
     from eval.subject import open_subject
 
@@ -211,9 +210,8 @@ def other_lines(flags: argparse.Namespace, records: list, task: Any, sampling: d
         except (ValueError, KeyError, TypeError):
             raise UserError(f"--against {against}: is no outputs/*.jsonl of an evaluation") from None
     other = open_subject(flags.against, None, flags.quant, flags.max_pixels, flags.precision, flags.device, flags.box_format)
-    alone = replace(task, metrics=[], summarize=lambda lines: {})
-    found = answer_rows(other, records, alone, flags, path, [], sampling=sampling | {"num_samples": 1})
-    return {line["where"]: line for line in found.lines}
+    alone = replace(task, metrics=[], summarize=lambda lines: {}, sampling=task.sampling | {"num_samples": 1})
+    return {line["where"]: line for line in answer_rows(other, records, alone, flags, path, []).lines}
 
 
 def report(figures: dict[str, float], problems: list[dict[str, Any]]) -> None:

@@ -28,14 +28,22 @@ Pick = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 class KVCache(Cache):
     """Keys and values of B rows and S columns in the computing dtype (under autocast rotary tables would leave fp32 keys
-    beside bf16 values). The first num_rows and num_columns are shown; `places` (T,) are the columns to write next."""
+    beside bf16 values). The first num_rows and num_columns are shown; `places` (T,) are the columns to write next, `column`
+    the last of them, which is known without asking the card."""
 
     is_compileable = True  # so transformers makes its masks without looking into them, which would wait for the card
 
-    def __init__(self, num_rows: int, num_columns: int, dtype: torch.dtype):
+    def __init__(self, num_rows: int, num_columns: int, embeddings: torch.Tensor):
         super().__init__(layers=[])
-        self.size, self.dtype = (num_rows, num_columns), dtype
+        self.size, self.device = (num_rows, num_columns), embeddings.device
+        kind = self.device.type
+        self.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeddings.dtype
         self.buffers: list[list[torch.Tensor]] = []  # of each layer keys and values, (B, Hkv, S, K) each
+
+    def set_places(self, num_rows: int, start: int, end: int) -> None:
+        """Write columns start .. end - 1 of the first num_rows next, which are shown up to there."""
+        self.num_rows, self.num_columns, self.column = num_rows, end, end - 1
+        self.places = torch.arange(start, end, device=self.device)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Write (num_rows, Hkv, T, K) into the places; returns all that is shown."""
@@ -54,11 +62,16 @@ class KVCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.num_columns, 0
 
-    def show_columns(self, num_columns: int) -> None:
-        """So many from now on; zeros where nothing is written yet, because what a mask hides must still be a number."""
-        for buffer in (x for layer in self.buffers for x in layer):
-            buffer[: self.num_rows, :, self.num_columns : num_columns] = 0
-        self.num_columns = num_columns
+    def advance(self) -> None:
+        """Write one column further next. Where it is not shown yet a block more is, of zeros: what a mask hides must still be
+        a number."""
+        self.places += 1
+        self.column += 1
+        if self.column == self.num_columns:
+            block = BLOCK[self.device.type]
+            self.num_columns = min((self.column // block + 1) * block, self.size[1])
+            for buffer in (x for layer in self.buffers for x in layer):
+                buffer[: self.num_rows, :, self.column : self.num_columns] = 0
 
     def copy_rows(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """What is shown of rows source (n,) into rows target (n,); takes the room of n rows of one layer."""
@@ -68,41 +81,20 @@ class KVCache(Cache):
 
 
 class Decoding:
-    """B answers in flight, each in a slot: a row of every buffer. Slots from cache.num_rows on are no longer in use."""
+    """B answers in flight, each in a slot: a row of every buffer. Slots from cache.num_rows on are no longer in use. Columns
+    of the cache are the prefix's, then the prompts', which end at `start`, then one for each token that is fed."""
 
     def __init__(self, model: Model, prompts: list[Example], uniform: torch.Tensor, pick: Pick):
         """Run the prompts and choose the first tokens. uniform is (B, max_new_tokens), pick as eval/generate.py's choose;
         the samples of a prompt stand side by side and share its run."""
         self.model, self.decoder, self.uniform, self.pick = model, model.family.decoder(model.net), uniform, pick
-        num_rows, num_prompts, device = len(uniform), len(prompts), model.device
+        self.num_prefix = 0 if model.prefix is None else model.prefix.num_virtual_tokens  # columns
         embeddings, positions, real = self._pad(prompts)
-        prefix = 0 if model.prefix is None else model.prefix.num_virtual_tokens
-        self.start = prefix + real.shape[1]  # the column of the first token that is chosen
-        self.column = self.start - 1  # the last that is written
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else embeddings.dtype
-        self.cache = KVCache(num_rows, self.start + uniform.shape[1], dtype)
-        self.cache.num_rows, self.cache.num_columns = num_prompts, self.start
-        self.seen = real.new_zeros(self.cache.size)  # (B, S) columns that a row may look at
-        self.seen[:num_prompts, :prefix] = True
-        self.seen[:num_prompts, prefix : self.start] = real
-        self.cache.places = torch.arange(prefix, device=device)
-        for layer in range(model.prefix.num_layers if prefix else 0):  # in front of every row, also of its padding
-            self.cache.update(*(x.expand(num_prompts, -1, -1, -1) for x in model.prefix(layer)), layer)
-        self.cache.places = torch.arange(prefix, self.start, device=device)
-        hidden = self._hidden(embeddings, positions + prefix)  # (n, D)
-        self.cache.places = self.cache.places[-1:].clone()
-        slots = torch.arange(num_rows, device=device)
-        prompt_of = slots // (num_rows // num_prompts)  # (B,)
-        if num_rows > num_prompts:
-            self.cache.copy_rows(prompt_of, slots)
-        self.cache.num_rows, self.seen = num_rows, self.seen[prompt_of]
-        # pictures' rows of positions stand apart, an answer's go on together from the furthest
-        self.last = (positions + prefix).amax(-1).view(-1, num_prompts).amax(0)[prompt_of]  # (B,)
-        self.tokens, self.chosen = torch.zeros_like(slots), torch.zeros_like(slots)
-        self.logprobs = torch.zeros_like(slots, dtype=torch.float32)
-        self.head = model.head_weight.to(hidden.dtype)
-        self._choose(hidden[prompt_of])
+        self.start = self.num_prefix + real.shape[1]  # the column of the first token that is chosen
+        self.cache = KVCache(len(uniform), self.start + uniform.shape[1], embeddings)
+        self._write_prefix(len(prompts))
+        hidden = self._run_prompts(embeddings, positions, real)  # (n, D)
+        self._choose(self._spread(hidden, positions))
 
     def _pad(self, prompts: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Embeddings (n, L, D) and positions (n, L) or (3, n, L), padded on the left, and where they are real (n, L).
@@ -116,7 +108,35 @@ class Decoding:
         batch[real] = embeddings
         positions = packed.positions.new_zeros(*packed.positions.shape[:-1], *real.shape)
         positions[..., real] = packed.positions
-        return batch, positions, real
+        return batch, positions + self.num_prefix, real
+
+    def _write_prefix(self, num_prompts: int) -> None:
+        """Keys and values of prefix tuning in front of every row, also of its padding."""
+        self.cache.set_places(num_prompts, 0, self.num_prefix)
+        for layer in range(self.model.prefix.num_layers if self.num_prefix else 0):
+            self.cache.update(*(x.expand(num_prompts, -1, -1, -1) for x in self.model.prefix(layer)), layer)
+
+    def _run_prompts(self, embeddings: torch.Tensor, positions: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Each once, in the first n rows: (n, D) behind the last token of each. seen: the columns that a row may look at."""
+        self.cache.set_places(len(real), self.num_prefix, self.start)
+        self.seen = F.pad(F.pad(real, (self.num_prefix, 0), value=True), (0, self.uniform.shape[1]))  # (n, S)
+        return self._hidden(embeddings, positions)
+
+    def _spread(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """A row for each answer, (n, D) -> (B, D). The buffers that steps read and write are made here, once for all."""
+        num_rows, num_prompts = len(self.uniform), len(hidden)
+        slots = torch.arange(num_rows, device=hidden.device)
+        prompt_of = slots // (num_rows // num_prompts)  # (B,)
+        if num_rows > num_prompts:
+            self.cache.copy_rows(prompt_of, slots)
+        self.cache.set_places(num_rows, self.start - 1, self.start)
+        self.seen = self.seen[prompt_of]  # (B, S)
+        # pictures' rows of positions stand apart, an answer's go on together from the furthest
+        self.last = positions.amax(-1).view(-1, num_prompts).amax(0)[prompt_of]  # (B,)
+        self.tokens, self.chosen = torch.zeros_like(slots), torch.zeros_like(slots)
+        self.logprobs = torch.zeros_like(slots, dtype=torch.float32)
+        self.head = self.model.head_weight.to(hidden.dtype)
+        return hidden[prompt_of]
 
     def _hidden(self, embeddings: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """(num_rows, D) behind the last of the tokens that the shown rows get."""
@@ -143,14 +163,10 @@ class Decoding:
         self._choose(self._hidden(embeddings, self.last[rows, None]))
 
     def advance(self) -> None:
-        """Move to the next column with the chosen tokens; one more block of columns is shown when the last one is full."""
+        """Move to the next column with the chosen tokens."""
         self.tokens.copy_(self.chosen)
         self.last += 1
-        self.cache.places += 1
-        self.column += 1
-        if self.column == self.cache.num_columns:
-            block = BLOCK[self.tokens.device.type]
-            self.cache.show_columns(min((self.column // block + 1) * block, self.cache.size[1]))
+        self.cache.advance()
 
     def keep(self, slots: list[int], num_rows: int) -> list[int]:
         """Keep `slots`, all within the first num_rows: those beyond move into gaps. Returns where each of `slots` is now."""

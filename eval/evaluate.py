@@ -11,8 +11,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -31,93 +29,98 @@ from model.family import Family, Model, images_of
 BATCHES_AT_ONCE = 4  # of examples in memory with their pictures: sorting by length needs some to choose from
 
 
-@dataclass
 class Evaluation:
-    """figures: name -> value over all rows: num_rows, num_problems, num_tokens; with a stage the loss and its figures; with a
-    task stop_rate, answer_tokens and its figures. lines: one dict for each answer and for each row with a problem."""
+    """One pass over rows, and what it finds.
 
-    figures: dict[str, float]
-    of_stage: list[str] = field(default_factory=list)  # the names of the stage's figures
-    lines: list[dict[str, Any]] = field(default_factory=list)
-
-
-def evaluate(
-    model: Model,
-    records: Iterable[Record],
-    task: Task | None = None,
-    *,
-    stage: Any = None,
-    max_new_tokens: int | None = None,
-    batch_tokens: int = 16384,
-    sampling: dict[str, Any] | None = None,
-    others: dict[str, dict] | None = None,
-    output: Any = None,
-    extra: dict[str, Any] | None = None,
-) -> Evaluation:
-    """With a stage its loss and figures and, with a task, answers and their scores.
-
-    An answer is one line {**extra, id, where, image?, prompt, response, label, truth?, stopped, answer_tokens, scores..,
-    sample?}, a row with a problem {**extra, id, where, problem}; lines go to output.write() as JSON. sampling holds settings of
-    generate(), several samples of a row included; None is one greedy answer. others: where -> another model's line, for a
-    task that compares. A row that the stage refuses is a problem, as it is in training; a record of kind "problem" has no
-    loss. batch_tokens bounds the positions that run at once. Runs in the caller's autocast; the modules' modes are put
-    back, and no shared random state is drawn from.
+    lines: a dict for each answer, {**extra, id, where, image?, prompt, response, label, truth?, stopped, answer_tokens,
+    scores.., sample?}, and for each row with a problem, {**extra, id, where, problem}.
+    figures: name -> value over all rows: num_rows, num_problems, num_tokens; with a stage its loss and figures (the names in
+    sums); with a task stop_rate, answer_tokens and its figures.
     """
-    records, lines = list(records), []
-    sums, total, num_tokens, num_asked = Counter(), 0.0, 0, 0
-    limit = (max_new_tokens or task.max_new_tokens) if task else 0
-    ask = partial(generate, model, max_new_tokens=limit, batch_tokens=batch_tokens, **(sampling or {}))
 
-    def write(line: dict[str, Any]) -> None:
-        lines.append((extra or {}) | line)
-        if output is not None:
-            output.write(json.dumps(lines[-1], ensure_ascii=False) + "\n")
+    def __init__(
+        self, model: Model, task: Task | None = None, *, stage: Any = None, batch_tokens: int = 16384, output: Any = None,
+        extra: dict[str, Any] | None = None,
+    ):
+        """task: how rows are asked and scored; stage: whose loss is computed; None of either: not at all. batch_tokens bounds
+        the positions that run at once. Lines go to output.write() as JSON, with `extra` in front."""
+        self.model, self.task, self.stage, self.batch_tokens = model, task, stage, batch_tokens
+        self.output, self.extra = output, extra or {}
+        self.lines: list[dict[str, Any]] = []
+        self.figures: dict[str, float] = {}
+        self.sums: Counter[str] = Counter()  # of the stage's loss and figures, not yet divided by total
+        self.total, self.num_tokens, self.num_asked = 0.0, 0, 0
 
-    def encode(record: Record) -> Any:
-        return stage.encode(record) if stage and record.kind != "problem" else encode_row(model.family, record)
+    def run(self, records: Iterable[Record]) -> "Evaluation":
+        """Fill lines and figures. Runs in the caller's autocast; the modules' modes are put back, and no shared random state
+        is drawn from."""
+        records = list(records)
+        if self.task is not None and self.task.measure is not None:  # it asks for no answers
+            self.task.measure(self.model, records, self.task.others, self.write)
+        else:
+            self.go_through(records)
+        self.figures = self.summarize(len(records))
+        return self
 
-    asked = records
-    if task is not None and task.measure is not None:  # it asks for no answers
-        task.measure(model, records, others, write)
-        asked = []
-    with tqdm(total=len(records), desc="evaluate", leave=False, disable=None) as bar:
-        for rows in cut(encode_rows(encode, asked, write), BATCHES_AT_ONCE * batch_tokens):
-            num_tokens += sum(example.num_supervised for _, example in rows)
-            if stage is not None:
-                trained = [example for _, example in rows if example.num_supervised]
-                total += stage.denominator(trained)
-                sums.update(stage_sums(model, stage, trained, batch_tokens))
-                # what is asked from here on: of a preference the chosen side
-                rows = [(r, stage.sequences(example)[0] if example.num_supervised else example) for r, example in rows]
-            if task is not None:
-                for line in answer_lines(model.family, task, rows, partial(ask, first_prompt=num_asked), others or {}):
-                    write(line)
-            num_asked += len(rows)
-            bar.update(len(rows))
-    good = [line for line in lines if "problem" not in line]
-    figures = {"num_rows": len(records), "num_problems": len({line["where"] for line in lines if "problem" in line})}
-    figures["num_tokens"] = num_tokens
-    if total:
-        figures |= {name: value / total for name, value in sums.items()}
-    if good and "stopped" in good[0]:
-        figures["stop_rate"] = fmean(line["stopped"] for line in good)
-        figures["answer_tokens"] = fmean(line["answer_tokens"] for line in good)
-    return Evaluation(figures | (task.summarize(good) if good else {}), list(sums), lines)
+    def go_through(self, records: list[Record]) -> None:
+        """Every row once, some at a time: their losses, then their answers."""
+        with tqdm(total=len(records), desc="evaluate", leave=False, disable=None) as bar:
+            for rows in cut(encode_rows(self.encode, records, self.write), BATCHES_AT_ONCE * self.batch_tokens):
+                self.num_tokens += sum(example.num_supervised for _, example in rows)
+                if self.stage is not None:
+                    self.add_losses([example for _, example in rows if example.num_supervised])
+                if self.task is not None:
+                    self.add_answers(rows)
+                bar.update(len(rows))
 
+    def encode(self, record: Record) -> Any:
+        """As the stage does, so that a row it refuses has a problem here too; a problem's prompt has no label and no loss."""
+        if record.kind == "problem":
+            return self.model.family.encode_prompt(record.messages, record.tools)
+        if self.stage is None:
+            return self.model.family.encode(up_to_answer(record.messages), record.tools)
+        return self.stage.encode(record)
 
-def answer_lines(
-    family: Family, task: Task, rows: list[tuple[Record, Example]], ask: Callable[..., list[Answer]], others: dict[str, dict]
-) -> Iterator[dict[str, Any]]:
-    """The lines of some rows: each one's answers, one after the other, with their scores."""
-    prompts = [family.prompt_of(example) for _, example in rows]
-    answers = ask(prompts)
-    num_samples = len(answers) // len(rows)
-    for number, answer in enumerate(answers):
-        place, sample = divmod(number, num_samples)
-        record, example = rows[place]
-        reply = reply_to(family, record, example, prompts[place], answer)
-        reply.other = others.get(record.where, {}).get("response")
-        yield score(task, reply, answer) | ({"sample": sample} if num_samples > 1 else {})
+    def write(self, line: dict[str, Any]) -> None:
+        self.lines.append(self.extra | line)
+        if self.output is not None:
+            self.output.write(json.dumps(self.lines[-1], ensure_ascii=False) + "\n")
+
+    def add_losses(self, examples: list[Any]) -> None:
+        """The sums of the stage's loss and figures over the examples, without dropout."""
+        self.total += self.stage.denominator(examples)
+        with inference(self.model):
+            for row in self.stage.pack(examples, self.batch_tokens):
+                loss, figures = self.stage.loss(self.model, row.to(self.model.device), 1.0)
+                self.sums.update({name: float(value) for name, value in {"loss": loss, **figures}.items()})
+
+    def add_answers(self, rows: list[tuple[Record, Any]]) -> None:
+        """A line for each answer, those to one row after the other; of a preference the chosen side is asked."""
+        task, family = self.task, self.model.family
+        asked = [self.stage.sequences(e)[0] if self.stage and e.num_supervised else e for _, e in rows]
+        prompts = [family.prompt_of(example) for example in asked]
+        cut_as = {"batch_tokens": self.batch_tokens, "first_prompt": self.num_asked}
+        answers = generate(self.model, prompts, task.max_new_tokens, **cut_as, **task.sampling)
+        self.num_asked += len(rows)
+        num_samples = len(answers) // len(rows)
+        for number, answer in enumerate(answers):
+            place, sample = divmod(number, num_samples)
+            record = rows[place][0]
+            reply = reply_to(family, record, asked[place], prompts[place], answer)
+            reply.other = (task.others or {}).get(record.where, {}).get("response")
+            self.write(score(task, reply, answer) | ({"sample": sample} if num_samples > 1 else {}))
+
+    def summarize(self, num_rows: int) -> dict[str, float]:
+        """The figures; a row with a problem is in none but num_problems."""
+        good = [line for line in self.lines if "problem" not in line]
+        bad = {line["where"] for line in self.lines if "problem" in line}
+        figures = {"num_rows": num_rows, "num_problems": len(bad), "num_tokens": self.num_tokens}
+        if self.total:
+            figures |= {name: value / self.total for name, value in self.sums.items()}
+        if good and "stopped" in good[0]:
+            figures["stop_rate"] = fmean(line["stopped"] for line in good)
+            figures["answer_tokens"] = fmean(line["answer_tokens"] for line in good)
+        return figures | (self.task.summarize(good) if good else {})
 
 
 def encode_rows(
@@ -129,13 +132,6 @@ def encode_rows(
             yield record, encode(record)
         except UserError as error:
             write({"id": record.id, "where": record.where, "problem": str(error)})
-
-
-def encode_row(family: Family, record: Record) -> Example:
-    """A record up to its last trained answer; of a problem the prompt, which has no label."""
-    if record.kind == "problem":
-        return family.encode_prompt(record.messages, record.tools)
-    return family.encode(up_to_answer(record.messages), record.tools)
 
 
 def up_to_answer(messages: list[dict]) -> list[dict]:
@@ -155,16 +151,6 @@ def cut(rows: Iterable[tuple[Record, Example]], num_tokens: int) -> Iterator[lis
             some, size = [], 0
     if some:
         yield some
-
-
-def stage_sums(model: Model, stage: Any, examples: list[Any], micro_tokens: int) -> dict[str, float]:
-    """Sums of the stage's loss and figures over the examples, without dropout."""
-    sums = Counter()
-    with inference(model):
-        for row in stage.pack(examples, micro_tokens):
-            loss, figures = stage.loss(model, row.to(model.device), 1.0)
-            sums.update({name: float(value) for name, value in {"loss": loss, **figures}.items()})
-    return sums
 
 
 def label_of(family: Family, example: Example) -> str:

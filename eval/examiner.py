@@ -7,6 +7,7 @@ what the model could do already, and a run whose evaluation would crash crashes 
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from data.boxes import boxes_of, parse_boxes
 from data.errors import UserError
 from data.images import open_image
 from data.rows import Rows
-from eval.evaluate import Evaluation, evaluate
+from eval.evaluate import Evaluation
 from eval.tasks import Task, find_task
 from model.family import Model
 from model.shards import whole_file
@@ -40,7 +41,8 @@ class Examiner:
         self.folder = Path(config.output_dir)
         self.task: Task | None = None
         if config.predict_with_generate or rows.test_set:
-            self.task = stage.task if config.eval_task == "auto" and stage.task else find_task(config.eval_task)
+            task = stage.task if config.eval_task == "auto" and stage.task else find_task(config.eval_task)
+            self.task = replace(task, max_new_tokens=config.max_new_tokens, sampling={})  # one greedy answer a row
         # when -> set -> figure -> value, and when -> set -> lines; "resumed": at the step that a resumed run stands at
         self.figures: dict[str, dict[str, dict[str, float]]] = {}
         self.lines: dict[str, dict[str, list[dict]]] = {}
@@ -97,23 +99,22 @@ class Examiner:
         file = self.files.setdefault(name, PatientFile(self.folder / "outputs" / f"{name}.jsonl"))
         file.write("")  # the file is made even where no answers are asked for
         found = self._evaluate(file, records, self.task if answers else None, {"when": when, "step": step})
-        shown = {f"eval_{key}" if key in found.of_stage else key: value for key, value in found.figures.items()}
+        shown = {f"eval_{key}" if key in found.sums else key: value for key, value in found.figures.items()}
         self.figures.setdefault(when, {})[name] = shown
         self.lines.setdefault(when, {})[name] = found.lines
         self.journal.event("eval", step, set=name, seconds=time.perf_counter() - started, **shown)
         self.journal.say(f"{name} at step {step}:", *(f"{key} {value:.4g}" for key, value in shown.items()))
 
     def _evaluate(self, file: PatientFile, records: list, task: Task | None, extra: dict) -> Evaluation:
-        """evaluate(), and after each out of memory again with half the positions at once: no run dies of this."""
+        """An Evaluation, and after each out of memory again with half the positions at once: no run dies of this."""
         batch_tokens = self.state.micro_tokens
         place = file.place()
         while True:
             try:
                 with self.precision.autocast():
-                    return evaluate(
-                        self.model, records, task, stage=self.stage, max_new_tokens=self.config.max_new_tokens,
-                        batch_tokens=batch_tokens, output=file, extra=extra,
-                    )
+                    return Evaluation(
+                        self.model, task, stage=self.stage, batch_tokens=batch_tokens, output=file, extra=extra
+                    ).run(records)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

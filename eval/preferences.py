@@ -32,7 +32,7 @@ def make_preferences(flags: argparse.Namespace) -> None:
     """Write DIR/preferences.jsonl. Raises UserError for rows that are no problems, and where no prompt makes a pair."""
     from data.records import open_records
     from data.template import make_template
-    from eval.evaluate import evaluate
+    from eval.evaluate import Evaluation
     from eval.subject import open_subject
     from eval.tasks import Task, score_alone
 
@@ -41,12 +41,13 @@ def make_preferences(flags: argparse.Namespace) -> None:
     records = open_records(flags.prompts, takes=("problem",), template=make_template(flags.prompt_template, None, None))
     folder = Path(flags.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    task = Task([score_alone(flags.reward, folder=folder, device=flags.device)])
-    subject = open_subject(flags.model, device_name=flags.device)
+    reward = score_alone(flags.reward, folder=folder, device=flags.device)
     sampling = {"num_samples": flags.num_samples, "temperature": flags.temperature, "seed": flags.seed}
+    task = Task([reward], max_new_tokens=flags.max_new_tokens, sampling=sampling)
+    subject = open_subject(flags.model, device_name=flags.device)
     asked = [records[i] for i in range(len(records))]
     with open(folder / "judged_answers.jsonl", "w", encoding="utf-8", buffering=1) as output, subject.precision.autocast():
-        found = evaluate(subject.model, asked, task, max_new_tokens=flags.max_new_tokens, sampling=sampling, output=output)
+        found = Evaluation(subject.model, task, output=output).run(asked)
     problems = [line for line in found.lines if "problem" in line]
     if problems:
         first = f"{problems[0]['where']}: {problems[0]['problem']}"
@@ -60,7 +61,7 @@ def make_preferences(flags: argparse.Namespace) -> None:
 
 
 def pair_up(records: list, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows for DPO from the answered lines of evaluate(): the best and the worst finished answer of each record."""
+    """Rows for DPO from the answered lines of an Evaluation: the best and the worst finished answer of each record."""
     answers, pairs = defaultdict(list), []
     for line in lines:
         if "problem" not in line and line["stopped"]:

@@ -8,7 +8,7 @@ end, the boundaries are explicit, and there is no padding anywhere.
 import importlib
 import pkgutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -272,16 +272,15 @@ class Family:
     def prompt_of(self, example: Example) -> Example:
         """An example up to its last trained answer, pictures included."""
         end = self.answer_start(example)
-        return self.example(example.input_ids[:end], [NO_LOSS] * end, example.pixels)
+        prompt = self.example(example.input_ids[:end], [NO_LOSS] * end, example.pixels)
+        return replace(prompt, id=example.id, where=example.where)
 
-    def encode_prompt(self, messages: list[dict], tools: list | None = None) -> Example:
-        """What generation feeds: the ids that encode puts before the last answer (a last assistant turn is left out).
-
-        Made by rendering an answer and cutting before it, so training and generation cannot disagree.
-        """
+    def encode_prompt(self, messages: list[dict], tools: list | None = None, *, id: str = "", where: str = "") -> Example:
+        """What generation feeds: the ids that encode puts before the last answer (a last assistant turn is left out). Made by
+        rendering an answer and cutting before it, so training and generation cannot disagree."""
         messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         asked = [message | {"train": False} for message in messages]
-        return self.prompt_of(self._encode([*asked, {"role": "assistant", "content": "x"}], tools))
+        return self.prompt_of(self.encode([*asked, {"role": "assistant", "content": "x"}], tools, id=id, where=where))
 
 
 class Model(nn.Module):

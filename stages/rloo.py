@@ -119,9 +119,7 @@ class Stage(sft.Stage):
         return Task([lambda reply: self.rewards([reply])[0]])
 
     def encode(self, record: "Record") -> Question:
-        prompt = self.family.encode_prompt(record.messages, record.tools)
-        prompt.id, prompt.where = record.id, record.where
-        return Question(prompt, record)
+        return Question(self.family.encode_prompt(record.messages, record.tools, id=record.id, where=record.where), record)
 
     def prepare(self, run: Any) -> None:
         """A resumed run must sample answers as long as before, and be told what a server has said of them before."""
@@ -146,31 +144,16 @@ class Stage(sft.Stage):
             return [[]]
         started = time.perf_counter()
         replies, examples = self.sample(run, questions)
-        found = self.rewards(replies)
+        rewards = self.rewards(replies)
         sampled = time.perf_counter()
-        logprob, entropy, reference = halving(  # (N,) each
-            run.state, "micro_tokens", min(map(len, examples)), lambda: self.score(run, examples)
-        )
+        scores = halving(run.state, "micro_tokens", min(map(len, examples)), lambda: self.score(run, examples))  # (3, N)
         seconds = {"sampling_seconds": sampled - started, "scoring_seconds": time.perf_counter() - sampled}
-        scores = {name: column(one[name] for one in found) for name in sorted(set.intersection(*map(set, found)))}
-        stopped, num_tokens = column(r.stopped for r in replies), column(e.num_supervised for e in examples)
-        reward = scores.pop("score") - self.flags.missing_eos_penalty * (1 - stopped)
-        kl = logprob - reference
-        advantage = shaped_advantages(reward, kl, self.flags)
-        if self.flags.mask_truncated_completions:
-            advantage = advantage * stopped
-        spread = spread_by_prompt(reward, self.num_answers)
-        values = {
-            "advantage": advantage, "old_logprob": logprob, "reward": reward, "reward_spread": spread, "no_signal": spread == 0,
-            "entropy": entropy / num_tokens, "answer_tokens": num_tokens, "stop_rate": stopped,
-            "sampler_kl": column(e.values["sampler_logprob"] for e in examples) - logprob,
-        } | ({"kl": kl} if self.reference else {})  # fmt: skip
-        values |= {f"reward_{name}": score for name, score in scores.items() if f"reward_{name}" not in values}
+        values = self.weigh(replies, examples, rewards, scores)
         for number, example in enumerate(examples):
             example.values = {name: float(of_all[number]) for name, of_all in values.items()} | seconds
         if run.journal is not None:
             self.write_samples(run, replies, examples)
-            self.watch(run, learns=bool(spread.any()))
+            self.watch(run, learns=bool(values["reward_spread"].any()))
         return [examples] * self.flags.num_iterations
 
     def watch(self, run: Any, learns: bool) -> None:
@@ -267,6 +250,28 @@ class Stage(sft.Stage):
 
         where, target = packed.supervised()
         return sum_by_example(per_token(model.hidden(packed), model.head_weight, both, where, target), packed, where)
+
+    def weigh(
+        self, replies: list["Reply"], examples: list["Example"], rewards: list[dict[str, float]], scores: "torch.Tensor"
+    ) -> dict[str, "torch.Tensor"]:
+        """The values of N answers by name, (N,) each: what the loss reads, and the figures of the step. scores: see score()."""
+        logprob, entropy, reference = scores
+        stopped, num_tokens = column(r.stopped for r in replies), column(e.num_supervised for e in examples)
+        reward = column(one["score"] for one in rewards) - self.flags.missing_eos_penalty * (1 - stopped)
+        kl, spread = logprob - reference, spread_by_prompt(reward, self.num_answers)
+        advantage = shaped_advantages(reward, kl, self.flags)
+        if self.flags.mask_truncated_completions:
+            advantage = advantage * stopped
+        values = {
+            "advantage": advantage, "old_logprob": logprob, "reward": reward, "reward_spread": spread, "no_signal": spread == 0,
+            "entropy": entropy / num_tokens, "answer_tokens": num_tokens, "stop_rate": stopped,
+            "sampler_kl": column(e.values["sampler_logprob"] for e in examples) - logprob,
+        }  # fmt: skip
+        if self.reference:
+            values["kl"] = kl
+        for name in sorted(set.intersection(*map(set, rewards)) - {"score"}):  # the reward's own numbers, where all have them
+            values.setdefault(f"reward_{name}", column(one[name] for one in rewards))
+        return values
 
     def write_samples(self, run: Any, replies: list["Reply"], examples: list["Example"]) -> None:
         """The answers to the step's first prompt, into outputs/rollouts.jsonl."""

@@ -255,10 +255,10 @@ def test_a_cache_is_given_back_before_the_next_batch(folders, monkeypatch):
     model, family = load(folders("qwen2"))
     alive, begin = [], decoding.KVCache.__init__
 
-    def watched(cache, num_rows, num_columns, dtype):
+    def watched(cache, num_rows, num_columns, embeddings):
         assert not [x for x in alive if x() is not None] and num_rows * num_columns <= 160
         alive.append(weakref.ref(cache))
-        begin(cache, num_rows, num_columns, dtype)
+        begin(cache, num_rows, num_columns, embeddings)
 
     monkeypatch.setattr(decoding.KVCache, "__init__", watched)
     gc.disable()

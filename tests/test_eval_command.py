@@ -1,9 +1,10 @@
-"""evaluate(), `python -m eval` and `python -m eval ask`, on a tiny random model with pictures and one without."""
+"""Evaluation, `python -m eval` and `python -m eval ask`, on a tiny random model with pictures and one without."""
 
 import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 
 from data.records import open_records
 from eval import __main__ as door
-from eval.evaluate import evaluate, label_of
+from eval.evaluate import Evaluation, label_of
 from eval.subject import open_subject
 from eval.tasks import Task, find_task
 from lora.adapter import Settings, attach
@@ -69,7 +70,7 @@ def run(*arguments, monkeypatch, stdin=""):
     return left.value.code
 
 
-# ---- evaluate() ------------------------------------------------------------------------------------------------------
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 
 def test_loss_is_the_mean_over_all_supervised_tokens(place):
@@ -82,7 +83,7 @@ def test_loss_is_the_mean_over_all_supervised_tokens(place):
     supervised = torch.cat(losses)[torch.cat([e.labels[1:] != -100 for e in examples])]
     expected, total = supervised.mean().item(), len(supervised)
     for batch_tokens in (1, 100, 10**6):
-        found = evaluate(model, records, stage=sft.Stage(sft.Flags(), model), batch_tokens=batch_tokens)
+        found = Evaluation(model, stage=sft.Stage(sft.Flags(), model), batch_tokens=batch_tokens).run(records)
         assert found.figures["loss"] == pytest.approx(expected, abs=1e-5)
         assert found.figures["num_tokens"] == total
         assert found.lines == []
@@ -135,12 +136,12 @@ def test_a_row_with_a_problem_is_listed_and_takes_no_other_rows_score(place, tmp
         return {"number": 1 / (reply.label != "boom")}
 
     stage = sft.Stage(sft.Flags(), model, max_length=100)
-    box = evaluate(model, open_records(rows), find_task("box"), stage=stage, max_new_tokens=2)
+    box = Evaluation(model, replace(find_task("box"), max_new_tokens=2), stage=stage).run(open_records(rows))
     problems = {line["id"]: line["problem"] for line in box.lines if "problem" in line}
     assert set(problems) == {"t1", "t2", "t3"}
     assert "no box" in problems["t1"] and "--max_length 100" in problems["t2"]
     assert box.figures["num_rows"] == 4 and box.figures["num_problems"] == 3 and box.figures["centre_in_box"] == 0.0
-    ours = evaluate(model, open_records(rows), Task([fails_on_boom]), max_new_tokens=2)
+    ours = Evaluation(model, Task([fails_on_boom], max_new_tokens=2)).run(open_records(rows))
     assert [line.get("number") for line in sorted(ours.lines, key=lambda line: line["id"])] == [1.0, 1.0, 1.0, None]
     assert ours.figures["number"] == 1.0 and "ZeroDivisionError" in ours.lines[3]["problem"]
 
@@ -151,7 +152,8 @@ def test_a_model_that_gives_no_numbers_is_a_problem_of_each_row(place, tmp_path,
     with torch.no_grad():
         model.head_weight[7] = torch.nan
     rows = text_rows(tmp_path / "rows.jsonl", ("a", "b"), ("c", "d"))
-    found = evaluate(model, open_records(rows), find_task("text"), max_new_tokens=3, sampling={"temperature": temperature})
+    task = replace(find_task("text"), max_new_tokens=3, sampling={"temperature": temperature})
+    found = Evaluation(model, task).run(open_records(rows))
     assert ["not finite" in line["problem"] for line in found.lines] == [True, True]
 
 
@@ -159,14 +161,8 @@ def test_lines_are_written_with_what_the_caller_adds_and_the_model_is_put_back(p
     model, family = load_model(place / "vision", dtype="float32")
     model.train()
     output = io.StringIO()
-    found = evaluate(
-        model,
-        open_records(place / "rows.jsonl"),
-        find_task("box"),
-        max_new_tokens=3,
-        output=output,
-        extra={"when": "before"},
-    )
+    task = replace(find_task("box"), max_new_tokens=3)
+    found = Evaluation(model, task, output=output, extra={"when": "before"}).run(open_records(place / "rows.jsonl"))
     assert all(module.training for module in model.modules())
     lines = [json.loads(line) for line in output.getvalue().splitlines()]
     assert lines == found.lines and [line["id"] for line in lines] == [f"row-{n}" for n in range(5)]

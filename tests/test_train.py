@@ -270,14 +270,14 @@ def test_out_of_memory_redoes_the_step(monkeypatch, tmp_path, base, rows, capsys
 def test_out_of_memory_in_evaluation_takes_fewer_rows_at_a_time(monkeypatch, tmp_path, base, rows, capsys):
     from eval import examiner
 
-    original, room = examiner.evaluate, [1]
+    original, room = examiner.Evaluation, [1]
 
     def tight(*arguments, batch_tokens, **more):
         if batch_tokens > room[0]:
             raise torch.OutOfMemoryError("out of memory")
         return original(*arguments, batch_tokens=batch_tokens, **more)
 
-    monkeypatch.setattr(examiner, "evaluate", tight)
+    monkeypatch.setattr(examiner, "Evaluation", tight)
     more = ["--max_steps", 1, "--eval_split", 2, "--micro_tokens", 64]
     assert run(monkeypatch, *flags(base, rows, tmp_path / "fits", *more)) == 0
     assert "out of memory in evaluation: once more with 1 positions" in capsys.readouterr().out

@@ -70,9 +70,7 @@ def find_row(records: Records, name: str) -> int:
 def encode_row(family: Any, record: Record) -> list[Example]:
     """The row's conversations as a stage encodes them: of a preference both sides, of a problem its prompt."""
     if record.kind == "problem":
-        prompt = family.encode_prompt(record.messages, record.tools)
-        prompt.id, prompt.where = record.id, record.where
-        return [prompt]
+        return [family.encode_prompt(record.messages, record.tools, id=record.id, where=record.where)]
     return [family.encode(turns, record.tools, id=record.id, where=record.where) for turns in record.conversations]
 
 

@@ -34,8 +34,8 @@ class Task:
     """The metrics of one benchmark, how its rows become figures (a line is one answer of outputs/*.jsonl, its scores in
     it), how many tokens an answer may take, the settings of generate() that its figures are published with, how --reward,
     where it is given, becomes the one metric, and whether the task compares with another model (--against). A task that
-    asks for no answers has measure(model, records, others, write), which writes the rows' lines, in place of metrics;
-    others is where -> the other model's line, or None."""
+    asks for no answers has measure(model, records, others, write), which writes the rows' lines, in place of metrics.
+    A caller's own settings go in with replace(), and so does others: where -> the other model's line."""
 
     metrics: list[Metric]
     summarize: Callable[[list[dict[str, Any]]], dict[str, float]] = means
@@ -44,6 +44,7 @@ class Task:
     judged: Callable[..., Metric] = score_alone
     compares: bool = False
     measure: Callable[..., None] | None = None
+    others: dict[str, dict[str, Any]] | None = None
 
 
 def task_names() -> list[str]:
