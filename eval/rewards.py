@@ -151,7 +151,7 @@ def by_truth(scorer: Callable[[str, list[int], int], dict[str, float]], whole: b
     truth = reply.truth or {}
     if not truth.keys() >= TRUTH:
         has = f"the row has no numbers and target to check against, only {sorted(truth) or 'a label'}"
-        raise UserError(f"{has}; take another --reward, such as text, or rows of nums and target")
+        raise UserError(f"{has}; take another --reward or --task, such as text, or rows of nums and target")
     text = reply.prompt + reply.response if whole else reply.response
     stops = reply.stopped and reply.response.rstrip().endswith(CLOSING)
     return scorer(text, truth["numbers"], truth["target"]) | {"stops_after_answer": float(stops)}

@@ -286,7 +286,7 @@ def test_model_folders(refused_run, world, tmp_path, case):
 
 def test_model_paths(refused_run, refused, world, tmp_path):
     for path, word in ((tmp_path / "none", "no such"), (world / "rows.jsonl", "rows.jsonl"),
-                       ("", "--base_model"), (tmp_path, "config.json"), (world / "run", "config.json")):
+                       ("", "--base_model"), (tmp_path, "config.json"), (world / "run", "is a run's folder")):
         refused_run(word, flags=["--base_model", path])
 
 
@@ -507,6 +507,9 @@ def test_adapter_paths(refused_run, refused, world, tmp_path):
         merging = ["merge", "--base_model", world / "base", "--adapter", path, "--output_dir", tmp_path / "merged"]
         refused(adapters.main, merging, str(path))
     refused_run("no such folder; name the adapter/", flags=["--adapter", tmp_path / "none"])
+    refused_run("name its base, and beside it --adapter", flags=["--base_model", world / "run"])
+    (tmp_path / "of_model" / "model").mkdir(parents=True)
+    refused_run("is a run's folder", "of_model/model", flags=["--base_model", tmp_path / "of_model"])
     refused_run("is a run's folder", str(world / "run" / "adapter"), flags=["--adapter", world / "run"])
     refused_run("adapter", "--lora_r 16", flags=["--adapter", world / "run" / "adapter", "--lora_r", 4])
 

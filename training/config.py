@@ -183,7 +183,7 @@ IGNORED = {key: why for why, keys in {
     "precision decides the type": "torch_dtype",
     "code that comes with a model is never run": "trust_remote_code",
     "a non-finite loss never reaches the weights": "debug",
-    "the seed does not use it either": "combine",
+    "the code of CogAgent does not use it either": "combine",
 }.items() for key in keys.split()}
 POSITIONS = ("data_path", "base_model", "config", "resume")
 NESTS = ("data_config", "training_args", "generation_config", "peft_config")
