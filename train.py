@@ -125,6 +125,8 @@ class Run:
 
         if not self.found:
             expected = opening.rehearse_run(self)
+        else:
+            opening.refuse_another(self, self.found)  # before anything of the run there is written over
         self.stage.prepare(self)  # before a resume brings trained weights: DPO measures its reference here
         if self.found:
             self.resume(self.found)
@@ -280,15 +282,13 @@ class Run:
         one: other settings that decide the weights, other rows, other trained parameters."""
         import torch
 
-        from training import checkpoint, optim
+        from training import checkpoint, opening, optim
         from training.state import State, restore_random
 
         tensors, jsons = checkpoint.load(found)
-        saved, weights = jsons["identity.json"], tensors["trained.safetensors"]
-        changed = [f"{key} was {saved.get(key)}, is {value}" for key, value in self.identity.items() if saved.get(key) != value]
-        changed += [f"{name} is trained in only one of the two" for name in sorted(set(weights) ^ set(self.trained))[:3]]
-        if changed:
-            raise UserError(f"{found} is of another run: {'; '.join(changed)}; give the same settings, or another --output_dir")
+        weights = tensors["trained.safetensors"]
+        alone = [f"{name} is trained in only one of the two" for name in sorted(set(weights) ^ set(self.trained))[:3]]
+        opening.refuse_another(self, found, alone)
         with torch.no_grad():
             for name, p in self.trained.items():
                 p.copy_(weights[name])

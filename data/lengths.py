@@ -152,7 +152,7 @@ def remedy(lengths: Lengths, num_rows: int, pixels_per_position: float | None) -
     """One sentence for rows that are too long: how many, the first, and the settings that would admit them all."""
     first = lengths.bad[0]
     enough = f"{lengths.limit_flag} {lengths.longest_refused}"
-    ways = [f"{enough} admits all (rows are never cut)", "--on_bad_row skip leaves them out"]
+    ways = [f"{enough} admits all (rows are never cut)", *["--on_bad_row skip leaves them out"] * bool(lengths.kept)]
     if pixels_per_position and 4 <= lengths.picture_room < float("inf"):
         ways.insert(1, f"--max_pixels {int(lengths.picture_room * pixels_per_position)} shrinks their pictures until they fit")
     return (

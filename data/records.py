@@ -30,9 +30,9 @@ from data.turns import ROLES, Problem, parts_of, short
 SPEAKERS = tuple(dict.fromkeys(ROLES.values()))
 ID_KEYS = ("id", "uid", "prompt_id")
 KINDS = {
-    "conversation": "a conversation (it ends with an answer to learn)",
-    "preference": "a preference (a chosen and a rejected answer)",
-    "problem": "a problem (a prompt, and what its answer is checked against)",
+    "conversation": "a conversation (for SFT: it ends with an answer to learn)",
+    "preference": "a preference (for DPO: a chosen and a rejected answer)",
+    "problem": "a problem (for RLOO: a prompt, and what its answer is checked against)",
 }
 
 

@@ -117,6 +117,7 @@ def add_model_flags(parser: Parser) -> None:
     add("--max_pixels", type=positive, metavar="N", help="pixels of one picture at most; default: as trained")
     add("--box_format", choices=FORMATS.split(), help="what boxes of rows and questions count, as in train.py; default: as "
         "trained")
+    add("--tool_template", choices=("none", "qwen"), help="render tools where the model's template cannot; default: as trained")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), help="computing type; default: as trained")
     add("--device", default="auto", help="auto, cpu or cuda; auto: the CUDA card if there is one")
 
@@ -130,10 +131,15 @@ def positive(text: str) -> int:
 
 def open_model(flags: argparse.Namespace):
     """The subject that the model flags name."""
+    return open_one(flags, flags.model, flags.adapter)
+
+
+def open_one(flags: argparse.Namespace, name: str, adapter: str | None = None):
+    """A model, opened with the settings that the flags override."""
     from eval.subject import open_subject
 
-    return open_subject(flags.model, flags.adapter, flags.quant, flags.max_pixels, flags.precision, flags.device,
-                        flags.box_format)
+    return open_subject(name, adapter, flags.quant, flags.max_pixels, flags.precision, flags.device, flags.box_format,
+                        flags.tool_template)
 
 
 def score(flags: argparse.Namespace) -> None:
@@ -201,15 +207,13 @@ def answer_rows(subject: Any, records: list, task: Any, flags: argparse.Namespac
 
 def other_lines(flags: argparse.Namespace, records: list, task: Any, path: Path) -> dict[str, dict]:
     """where -> the line of --against, a model or the file of its lines. Raises UserError for neither."""
-    from eval.subject import open_subject
-
     against = Path(flags.against)
     if against.is_file():
         try:
             return {line["where"]: line for line in map(json.loads, against.read_bytes().splitlines())}
         except (ValueError, KeyError, TypeError):
             raise UserError(f"--against {against}: is no outputs/*.jsonl of an evaluation") from None
-    other = open_subject(flags.against, None, flags.quant, flags.max_pixels, flags.precision, flags.device, flags.box_format)
+    other = open_one(flags, flags.against)
     alone = replace(task, metrics=[], summarize=lambda lines: {}, sampling=task.sampling | {"num_samples": 1})
     return {line["where"]: line for line in answer_rows(other, records, alone, flags, path, []).lines}
 

@@ -90,7 +90,7 @@ def step_success(reply: Reply) -> dict[str, float]:
     land in the label's box. Raises UserError for a label without actions."""
     expected = parse_actions(reply.label, reply.extent)
     if not expected:
-        raise UserError(f"the label has no action: {reply.label[:60]!r}")
+        raise UserError(f"the label has no action: {reply.label[:60]!r}; one is a line such as 'click, <box>1 2 3 4</box>'")
     actions = parse_actions(reply.response, reply.extent)
     elements = [in_thousandths(box, reply.extent) for box in (reply.truth or {}).get("elements", [])]
     pairs = zip(actions + [None] * len(expected), expected, strict=False)

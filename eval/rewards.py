@@ -150,7 +150,8 @@ def by_truth(scorer: Callable[[str, list[int], int], dict[str, float]], whole: b
     given: models that go on after it score as well by their last answer, and lose this first."""
     truth = reply.truth or {}
     if not truth.keys() >= TRUTH:
-        raise UserError(f"the row has no numbers and target to check against, only {sorted(truth) or 'a label'}")
+        has = f"the row has no numbers and target to check against, only {sorted(truth) or 'a label'}"
+        raise UserError(f"{has}; take another --reward or --task, such as text, or rows of nums and target")
     text = reply.prompt + reply.response if whole else reply.response
     stops = reply.stopped and reply.response.rstrip().endswith(CLOSING)
     return scorer(text, truth["numbers"], truth["target"]) | {"stops_after_answer": float(stops)}

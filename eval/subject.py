@@ -46,13 +46,15 @@ def open_subject(
     precision_name: str | None = None,
     device_name: str = "auto",
     box_format: str | None = None,
+    tool_template: str | None = None,
 ) -> Subject:
     """Load what `name` means, in eval mode; None takes what the run was trained with. quant is 8bit, 4bit or none.
 
     Raises UserError for a folder that is none of model, run and adapter, and for an adapter of another base.
     """
     place = find(name, adapter)
-    settings = choose_settings(place.run, max_pixels=max_pixels, precision=precision_name, box_format=box_format)
+    given = {"max_pixels": max_pixels, "precision": precision_name, "box_format": box_format, "tool_template": tool_template}
+    settings = choose_settings(place.run, **given)
     if quant is None and place.adapter:  # merged weights were made for 16 bits, whatever the run held its base in
         quant = "8bit" if settings.get("use_8bit") else "4bit" if settings.get("use_4bit") else None
     device = memory.check_device(device_name)

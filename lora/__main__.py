@@ -18,6 +18,7 @@ def main() -> None:
     merge.add_argument("--output_dir", required=True, metavar="DIR", help="a new folder")
     merge.add_argument("--data_path", metavar="FILE", help="held-out rows to compare merged and adapter on")
     merge.add_argument("--image_root", metavar="DIR", help="folder that the rows' picture paths are relative to")
+    merge.add_argument("--tool_template", default="none", choices=("none", "qwen"), help="for the rows' tools, as in train.py")
     merge.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the comparison runs")
     run_merge(parser.parse_args(sys.argv[1:]))
 
@@ -28,7 +29,7 @@ def run_merge(flags: argparse.Namespace) -> None:
 
     from data.records import open_records
     from lora.merge import merge, write_record
-    from model import resolve
+    from model import options_of, resolve
 
     base, adapter, output = resolve(flags.base_model), Path(flags.adapter), Path(flags.output_dir)
     if flags.data_path is not None:
@@ -43,7 +44,8 @@ def run_merge(flags: argparse.Namespace) -> None:
     from training.memory import check_device
 
     image_root = None if flags.image_root is None else Path(flags.image_root)
-    entry["report"] = compare(base, adapter, output, Path(flags.data_path), image_root, check_device(flags.device))
+    entry["report"] = compare(base, adapter, output, Path(flags.data_path), image_root, check_device(flags.device),
+                              options_of(vars(flags)))
     write_record(output, record)
     print(report_text(entry["report"]))
 

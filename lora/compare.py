@@ -17,7 +17,7 @@ from data.records import open_records
 from lora.adapter import disabled
 from lora.files import load_adapter, read_adapter
 from model import load_model
-from model.family import Family, Model, find_family
+from model.family import Family, Model, Options, find_family
 from model.shards import DTYPES, Shards
 
 NUM_POSITIONS = 256  # supervised ones, whose logits are compared: 156 MB for a vocabulary of 152k
@@ -28,12 +28,15 @@ TITLES = {
 }
 
 
-def compare(base: Path, adapter: Path, merged: Path, data_path: Path, image_root: Path | None, device: str) -> dict:
+def compare(
+    base: Path, adapter: Path, merged: Path, data_path: Path, image_root: Path | None, device: str,
+    options: Options | None = None,
+) -> dict:
     """The largest and mean logit gap to the merged model, and the share of equal argmaxes, by the keys of TITLES.
 
     Raises UserError for rows that cannot be used.
     """
-    examples = first_examples(find_family(base), data_path, image_root)
+    examples = first_examples(find_family(base, options), data_path, image_root)
     dtype = DTYPES[next(iter(Shards(base).headers().values()))[1]]
     base_quant = read_adapter(adapter).base_quant
     model, _ = load_model(merged, dtype=dtype, device=device)

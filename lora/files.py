@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,6 +150,8 @@ def shortest_targets(net: torch.nn.Module) -> list[str]:
 def read_adapter(folder: str | Path) -> AdapterFile:
     """An adapter folder in PEFT's format, LoRA or prefix. Raises UserError for what is not understood."""
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name the adapter/ of a finished run")
     if not (folder / CONFIG).exists() and (folder / "adapter" / CONFIG).exists():
         raise UserError(f"{folder}: is a run's folder; name the one of its adapter, {folder / 'adapter'}")
     config = read_json(folder / CONFIG)
@@ -233,7 +236,16 @@ def load_adapter(model: Model, family: Family, folder: str | Path) -> Settings:
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(found[name])
+    named = adapter.config.get("base_model_name_or_path")
+    if named and not is_base(named, family.folder):
+        print(f"note: {folder} was made on {named} and fits {family.folder}, which has the same shapes; it is right only if "
+              "that is the same model", file=sys.stderr)
     return said
+
+
+def is_base(named: str, folder: Path) -> bool:
+    """Whether the base that an adapter names is this folder; a hub id lies in the hub's cache under its own name."""
+    return Path(named).resolve() == folder.resolve() or f"models--{named.replace('/', '--')}" in folder.parts
 
 
 def has_module(net: torch.nn.Module, name: str) -> bool:

@@ -24,6 +24,10 @@ def resolve(folder_or_hub_id: str | Path) -> Path:
 
     name = str(folder_or_hub_id)
     if Path(name).is_dir():
+        part = next((part for part in ("model", "adapter") if (Path(name) / part).is_dir()), None)
+        if part and not (Path(name) / "config.json").exists():
+            what = {"model": "name the one of its model,", "adapter": "name its base, and beside it --adapter"}[part]
+            raise UserError(f"{name}: is a run's folder; {what} {Path(name) / part}")
         return Path(name)
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{name}: no such folder, and not a hub id of the form org/name")

@@ -344,6 +344,15 @@ def test_a_cache_of_other_weights_or_other_rows_is_made_anew(monkeypatch, tmp_pa
     assert start("--dpo_beta", "0.2") == [4, 4, 4, 2]
 
 
+def test_a_refused_resume_leaves_the_reference_as_it_is(monkeypatch, tmp_path, base, rows):
+    output = tmp_path / "out"
+    assert run(monkeypatch, *flags(base, rows, output, "--max_steps", 2)) == 0
+    before = (output / FILE).read_bytes()
+    with pytest.raises(UserError, match="is of another run"):
+        run(monkeypatch, *flags(base, rows, output, "--max_steps", 2, "--dpo_beta", "0.2", "--resume", "yes"))
+    assert (output / FILE).read_bytes() == before
+
+
 def test_a_row_that_changes_during_the_run_is_refused(base, rows):
     _, stage, pairs = open_stage(base, rows)
     stage.known = {}

@@ -256,6 +256,7 @@ def test_run_adapter_and_base_with_adapter_are_the_same_model(place, finished_ru
         torch.testing.assert_close(subject.model.logits([subject.family.encode(messages)])[0], expected)
         assert subject.run == folder and not subject.model.training
     plain = open_subject(str(place / "vision"), precision_name="fp32")
+    assert open_subject(str(place / "vision"), tool_template="qwen").family.options.tool_template == "qwen"
     assert plain.run is None
     assert (plain.model.logits([plain.family.encode(messages)])[0] - expected).abs().max() > 1e-3
 

@@ -4,6 +4,7 @@ The oracles are peft and transformers alone: what is saved here must give the sa
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -409,6 +410,18 @@ def test_an_adapter_that_differs_from_the_run_is_refused(bases, tmp_path, change
     with pytest.raises(UserError, match=words):
         load_adapter(again, family, tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in again.named_parameters())
+
+
+def test_an_adapter_of_another_base_with_the_same_shapes_is_said(bases, tmp_path, capsys):
+    model, family, settings = make(bases["text"])
+    save_adapter(model, family, tmp_path / "adapter", settings, bases["text"])
+    moved = shutil.copytree(bases["text"], tmp_path / "models--org--name")
+    for folder, said in ((bases["text"], False), (moved, True)):
+        load_adapter(*load_model(folder, dtype="float32"), tmp_path / "adapter")
+        assert ("the same shapes" in capsys.readouterr().err) == said
+    save_adapter(model, family, tmp_path / "adapter", settings, "org/name")
+    load_adapter(*load_model(moved, dtype="float32"), tmp_path / "adapter")
+    assert "note" not in capsys.readouterr().err
 
 
 def test_an_adapter_of_another_base_is_refused(bases, tmp_path):

@@ -253,6 +253,12 @@ def test_the_command(tmp_path, real_base, rows):
     assert done.returncode == 0 and "merged 14 tensors" in done.stdout and "W16 + BA" in done.stdout, done.stderr
     entry = json.loads((tmp_path / "merged" / "merge.json").read_text())["merged"][0]
     assert len(entry["tensors"]) == 14 and entry["report"]["rows"] == 5
+    click = {"type": "function", "function": {"name": "click", "arguments": {"x": 1}}}
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [click]}]}
+    (tmp_path / "calls.jsonl").write_text(json.dumps(row))
+    flags[-1] = tmp_path / "merged_too"
+    done = command(*flags, "--data_path", tmp_path / "calls.jsonl", "--tool_template", "qwen")
+    assert done.returncode == 0 and "W16 + BA" in done.stdout, done.stderr
     for wrong in ([], ["merge"], ["unmerge"], [*flags, "--lora_r", "4"]):
         done = command(*wrong)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -165,6 +165,7 @@ def test_output_folder(monkeypatch, tmp_path, base, rows):
     assert run(monkeypatch, *flags(base, rows, output, *more)) == 0
     names = {path.name for path in output.iterdir()}
     assert {"adapter", "checkpoints", "journal.jsonl", "report.html", "run.yaml", "README.md", "outputs"} <= names
+    assert f"python train.py --config {output}/run.yaml --output_dir" in (output / "README.md").read_text()
     assert "bad_rows.jsonl" not in names
     steps = [r for r in read_journal(output / "journal.jsonl") if "event" not in r]
     keys = {"step", "loss", "lr", "grad_norm", "supervised_tokens", "seconds", "data_wait", "memory"}

@@ -156,7 +156,8 @@ FLAGS = {
     "missing image root": (["--image_root", "no/such"], ["no/such"]),
     "unknown metric": (["--eval_split", 2, "--predict_with_generate", "--eval_task", "beauty"], ["beauty", "box"]),
     "too little length": (["--max_length", 3], ["--max_length", "rows are too long"]),
-    "every row too long": (["--max_length", 3, "--on_bad_row", "skip"], ["--max_length", "rows are too long"]),
+    "every row too long": (["--max_length", 3, "--on_bad_row", "skip"], ["rows are too long", "(rows are never cut); all"]),
+    "TRL's name": (["--stage", "dpo", "--beta", 0.1], ["--beta", "the nearest is dpo_beta"]),
     "too little text": (["--max_text_length", 3], ["over 3", "--max_text_length 2"]),
     "config missing": (["--config", "no/such.yaml"], ["no/such.yaml"]),
     "config is a folder": (["--config", ROOT], [str(ROOT)]),
@@ -285,7 +286,7 @@ def test_model_folders(refused_run, world, tmp_path, case):
 
 def test_model_paths(refused_run, refused, world, tmp_path):
     for path, word in ((tmp_path / "none", "no such"), (world / "rows.jsonl", "rows.jsonl"),
-                       ("", "--base_model"), (tmp_path, "config.json"), (world / "run", "config.json")):
+                       ("", "--base_model"), (tmp_path, "config.json"), (world / "run", "is a run's folder")):
         refused_run(word, flags=["--base_model", path])
 
 
@@ -512,6 +513,10 @@ def test_adapter_paths(refused_run, refused, world, tmp_path):
         refused_run(str(path), flags=["--adapter", path])
         merging = ["merge", "--base_model", world / "base", "--adapter", path, "--output_dir", tmp_path / "merged"]
         refused(adapters.main, merging, str(path))
+    refused_run("no such folder; name the adapter/", flags=["--adapter", tmp_path / "none"])
+    refused_run("name its base, and beside it --adapter", flags=["--base_model", world / "run"])
+    (tmp_path / "of_model" / "model").mkdir(parents=True)
+    refused_run("is a run's folder", "of_model/model", flags=["--base_model", tmp_path / "of_model"])
     refused_run("is a run's folder", str(world / "run" / "adapter"), flags=["--adapter", world / "run"])
     refused_run("adapter", "--lora_r 16", flags=["--adapter", world / "run" / "adapter", "--lora_r", 4])
 

@@ -183,7 +183,7 @@ IGNORED = {key: why for why, keys in {
     "precision decides the type": "torch_dtype",
     "code that comes with a model is never run": "trust_remote_code",
     "a non-finite loss never reaches the weights": "debug",
-    "the seed does not use it either": "combine",
+    "the code of CogAgent does not use it either": "combine",
 }.items() for key in keys.split()}
 POSITIONS = ("data_path", "base_model", "config", "resume")
 NESTS = ("data_config", "training_args", "generation_config", "peft_config")
@@ -243,7 +243,7 @@ def read_flags(argv: list[str], stages: dict[str, type]) -> list[Said]:
     said, rest = collect(build_parser(stages), argv)
     unknown = next((arg.partition("=")[0] for arg in rest if arg.startswith("-")), None)
     if unknown:
-        raise unknown_key(unknown, unknown.strip("-"), "", stages)
+        raise unknown_key(unknown, unknown.strip("-"), {one.key: one.value for one in said}.get("stage", ""), stages)
     if rest and len(rest) not in (3, 4):
         raise UserError(f"{' '.join(rest)}: arguments without a flag are DATA MODEL CONFIG [yes|STEP], three or four")
     return [Said(name, name, value) for name, value in zip(POSITIONS, rest, strict=False)] + said
@@ -255,7 +255,7 @@ def build_parser(stages: dict[str, type]) -> Parser:
         usage="python train.py --base_model DIR --data_path FILE [flags]\n       python train.py DATA MODEL CONFIG "
               "[yes|STEP]\n       python train.py   (the built-in task)",
         description="Fine-tune a language or vision-language model on one device.", allow_abbrev=False,
-        epilog="Keys of the seeds (per_device_train_batch_size, target_modules, ...) are read too, here and in YAML.",
+        epilog="TrainingArguments' and LoraConfig's names (per_device_train_batch_size, ...) are read too, here and in YAML.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=120))
     add_settings(parser, stages)
     return parser
@@ -346,7 +346,8 @@ def unknown_key(where: str, key: str, stage: str, stages: dict[str, type]) -> Us
     owners = [name for name, owner in stages.items() if key in fields_of(owner)]
     if owners and stage:
         return UserError(f"{where} belongs to --stage {' or '.join(owners)}, and this run is --stage {stage}")
-    names = [*fields_of(Config, SeedKeys, *stages.values()), *RENAMED, *IGNORED]
+    own = [owner for name, owner in stages.items() if stage in (name, "")]
+    names = [*fields_of(Config, SeedKeys, *own), *RENAMED, *IGNORED]
     nearest = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0)[0]
     return UserError(f"{where} is no setting of train.py; the nearest is {nearest}, and --help lists all")
 

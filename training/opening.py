@@ -1,16 +1,21 @@
-"""Before the first step: the rehearsal, the forecast, three rows as the model sees them, and the journal's first records.
+"""Before the first step: the rehearsal, the forecast, three rows as the model sees them, the journal's first records. Before
+a resume: whether the checkpoint is of this run.
 
-Both functions are given train.py's Run, whose own forward, backward and saving are what is rehearsed.
+All functions are given train.py's Run, whose own forward, backward and saving are what is rehearsed.
 """
 
 import shlex
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from data.batches import Encoded
+from data.errors import UserError
 from data.explain import explain_rows
 from data.lengths import NUM_LONGEST
+from model.files import read_json
 from training.journal import now
 from training.rehearsal import Forecast, fill, rehearse
 
@@ -37,6 +42,14 @@ def rehearse_run(run: Any) -> Forecast:
     shown = [examples[-1], *rows.usable(list(Encoded(rows.train, run.stage.encode, rows.lengths.typical())))]
     print(explain_rows(list(map(run.stage.sequences, shown)), run.family.tokenizer))
     return expected
+
+
+def refuse_another(run: Any, found: Path, more: Iterable[str] = ()) -> None:
+    """UserError where a checkpoint is of a run whose rows, or settings that decide the weights, are not this one's."""
+    saved = read_json(found / "identity.json")
+    changed = [f"{key} was {saved.get(key)}, is {value}" for key, value in run.identity.items() if saved.get(key) != value]
+    if changed := [*changed, *more]:
+        raise UserError(f"{found} is of another run: {'; '.join(changed)}; give the same settings, or another --output_dir")
 
 
 def write(run: Any, expected: Forecast) -> None:

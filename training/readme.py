@@ -7,17 +7,17 @@ from typing import Any
 def write_readme(folder: Path, config: Any, family: Any) -> None:
     """Write the file. config is training.config.Config, family the model's."""
     picture = "vision" in family.parts
-    sections = [f"# {folder.name}", made_by(config), ask(folder, picture)]
+    sections = [f"# {folder.name}", made_by(folder, config), ask(folder, picture)]
     sections.append(adapter(folder, config, family) if config.use_lora else whole_model(folder, family))
     sections.append(limits(config, family))
     (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
-def made_by(config: Any) -> str:
+def made_by(folder: Path, config: Any) -> str:
     rows = f"`{config.data_path}`" if not config.demo else "the rows of the built-in task"
     return (
         f"`{config.base_model}` trained on {rows} ({config.stage}). `report.html` shows the run, `journal.jsonl` every step, "
-        "and `python train.py --config run.yaml --output_dir ANOTHER` makes it again."
+        f"and `python train.py --config {folder}/run.yaml --output_dir ANOTHER` makes it again."
     )
 
 
@@ -71,9 +71,9 @@ def limits(config: Any, family: Any) -> str:
     """What the numbers of the run do not promise elsewhere."""
     lines = ["## What does not carry over\n"]
     if config.use_8bit or config.use_4bit:
-        bits = "8" if config.use_8bit else "4"
+        bits = "an 8" if config.use_8bit else "a 4"
         lines.append(
-            f"- The adapter was trained beside a {bits}-bit base. On the 16-bit base (merged too) answers differ a little; "
+            f"- The adapter was trained beside {bits}-bit base. On the 16-bit base (merged too) answers differ a little; "
             "`lora merge` measures by how much on rows of yours."
         )
     if config.max_pixels:
