@@ -224,12 +224,13 @@ def test_rows_that_are_too_long_are_told(place, tmp_path, monkeypatch, capsys):
 
 def test_a_damaged_picture_stops_the_page_or_is_left_out(place, tmp_path, monkeypatch, capsys):
     Image.effect_noise((90, 60), 50).save(tmp_path / "good.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:2000])
-    content = [[{"type": "image", "image": f"{name}.png"}] for name in ("good", "cut")]
+    good = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "torn.png").write_bytes(good[:2000] + good[-50:])  # seen by whoever decodes it alone
+    content = [[{"type": "image", "image": f"{name}.png"}] for name in ("good", "torn")]
     rows = [{"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": "x"}]} for c in content]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--base_model", place / "qwen2_5_vl", "--data_path", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "out"]
-    with pytest.raises(UserError, match="rows.jsonl:2: .*cut.png"):
+    with pytest.raises(UserError, match="rows.jsonl:2: .*torn.png"):
         run(monkeypatch, "show", *flags)
     run(monkeypatch, "show", *flags, "--on_bad_row", "skip")
     said = capsys.readouterr().out
