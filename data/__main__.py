@@ -134,6 +134,8 @@ def show_rows(flags: argparse.Namespace) -> None:
     family, records = open_family_and_rows(config, takes)
     if not len(records):
         records.refuse()
+    if records.bad:
+        print(f"left out: {records.refusal()}")
     rows = []
     for index in choose_rows(records, measure_rows(records, config, family), flags.rows):
         try:

@@ -232,8 +232,13 @@ def test_a_damaged_picture_stops_the_page_or_is_left_out(place, tmp_path, monkey
     flags = ["--base_model", place / "qwen2_5_vl", "--data_path", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "out"]
     with pytest.raises(UserError, match="rows.jsonl:2: .*torn.png"):
         run(monkeypatch, "show", *flags)
+    with open(tmp_path / "rows.jsonl", "a") as file:
+        file.write('{"messages": "none"}')
+    with pytest.raises(UserError, match="1 of 3 rows: rows.jsonl:3 not readable as messages"):
+        run(monkeypatch, "show", *flags)
     run(monkeypatch, "show", *flags, "--on_bad_row", "skip")
     said = capsys.readouterr().out
+    assert "left out: 1 of 3 rows: rows.jsonl:3 not readable as messages" in said
     assert "left out: rows.jsonl:2" in said and "-- rows.jsonl:1:" in said and "-- rows.jsonl:2:" not in said
 
 
