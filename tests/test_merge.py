@@ -140,7 +140,7 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(bases, tmp_path):  
         ("prefix", bases["text"], "keep it as an adapter"),
         ("text", wider, "the adapter is of another base"),
         ("vision", bases["text"], "its base is another"),
-        ("nothing", bases["text"], "adapter_config.json: not found"),
+        ("nothing", bases["text"], "no such folder; name the adapter"),
         ("text", tmp_path, "neither model.safetensors"),
     ):
         with pytest.raises(UserError, match=words):

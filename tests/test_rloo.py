@@ -423,7 +423,7 @@ def test_settings_of_the_stage(monkeypatch, tmp_path, base, capsys):
     assert all(f"--{name} " in text for name in Flags.__dataclass_fields__)
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "hello", "completion": "good day"}) + "\n")
-    with pytest.raises(UserError, match=r"rows.jsonl:1.*a problem \(a prompt"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1.*a problem \(for RLOO: a prompt"):
         run(monkeypatch, *flags(base, path, tmp_path / "out"))
     with pytest.raises(UserError, match="--reward no_such"):
         run(monkeypatch, *flags(base, path, tmp_path / "out", "--reward", "no_such"))
