@@ -116,15 +116,17 @@ def _open_file(path: Path) -> Source:
         raise UserError(f"there is no file {path}; give a {', '.join(FORMATS)} file that exists")
     with open(path, "rb") as file:
         head = file.read(2**16)
+        if words := next((words for start, words in NOT_ROWS.items() if head.startswith(start)), None):
+            raise UserError(f"{path} {words}")
+        if path.suffix == ".parquet":
+            from data.tables import open_parquet
+
+            return open_parquet(path)
+        if path.suffix == ".csv":
+            return Sheet(path)
         body = head.removeprefix(b"\xef\xbb\xbf").lstrip()
         file.seek(len(head) - len(body))
         first, rest = file.readline(MAX_ROW_BYTES).rstrip(), file.read(2**16).lstrip()
-    if words := next((words for start, words in NOT_ROWS.items() if head.startswith(start)), None):
-        raise UserError(f"{path} {words}")
-    if path.suffix == ".parquet":
-        from data.tables import open_parquet
-
-        return open_parquet(path)
     if path.suffix == ".jsonl" and first == b"{" and rest.startswith(b'"'):
         raise UserError(f"{path}: its first row goes on over several lines; write one row a line, or a list of all as .json")
     # one value a line: the first line closes what it opens (a .json's array may close another there), or is a damaged one
@@ -132,8 +134,6 @@ def _open_file(path: Path) -> Source:
     closing = b"}" if body.startswith(b"{") else b"]" if path.suffix == ".jsonl" else None
     is_damaged = rest.startswith(b"{") and not first.endswith((b"{", b"[", b",", b":"))
     is_lines = closing and rest and (first.endswith(closing) or is_damaged)
-    if path.suffix == ".csv":
-        return Sheet(path)
     if body.startswith(b"[") and not is_lines:
         return Array(path, len(head) - len(body))
     return Document(path) if path.suffix == ".json" and body.startswith(b"{") and not is_lines else Lines(path)

@@ -86,7 +86,7 @@ class Family:
             return embeddings
         seen = dict(zip(pictures, self.features(net, list(pictures.values())), strict=True))
         features = torch.cat([seen[id(pixels)] for pixels in packed.pixels if pixels])  # (places, D)
-        embeddings = F.pad(embeddings, (0, features.shape[1] - embeddings.shape[1]))
+        embeddings = F.pad(embeddings, (0, features.shape[1] - embeddings.shape[1]))  # 0 more, but for those later layers
         return embeddings.index_copy(0, self.picture_places(packed), features.to(embeddings.dtype))
 
     def decoder_positions(self, positions: torch.Tensor) -> torch.Tensor:
@@ -208,7 +208,7 @@ class Family:
         that do not depend on pixels."""
         num_pictures = sum(self.picture_positions(width, height) for width, height in image_sizes)
         pieces = expand_pictures(self.render(messages, tools), self.image_token_id, [[]] * len(image_sizes))
-        check_ids(max((i for ids, _ in pieces for i in ids), default=0), self.text_config["vocab_size"], self.folder)
+        check_ids(max((max(ids, default=0) for ids, _ in pieces), default=0), self.text_config["vocab_size"], self.folder)
         return sum(len(ids) for ids, _ in pieces), num_pictures, sum(len(ids) for ids, trained in pieces if trained)
 
     # ---- examples ---------------------------------------------------------------------------------------------------
